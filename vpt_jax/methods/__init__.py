@@ -1,0 +1,67 @@
+"""The methods: how a small pytree of prompts enters a frozen network. One file a method; `base` is the mechanism."""
+
+import dataclasses
+from typing import Any
+
+from vpt_jax.errors import UsageError, unknown
+from vpt_jax.methods.adapter import Adapter
+from vpt_jax.methods.base import Context, Method, Stack, forward
+from vpt_jax.methods.finetune import Bias, ClsToken, Full, Partial
+from vpt_jax.methods.head import Linear, MLPHead
+from vpt_jax.methods.vapt import VAPT
+from vpt_jax.methods.vpt import VPT
+from vpt_jax.methods.vpt_locations import VPTAdd, VPTBelow, VPTPad, VPTPixels
+
+METHODS: dict[str, type[Method]] = {
+    m.name: m
+    for m in (VPT, VPTAdd, VPTPixels, VPTPad, VPTBelow, VAPT, Linear, MLPHead, Full, Partial, Bias, ClsToken, Adapter)
+}
+
+__all__ = ['METHODS', 'VAPT', 'VPT', 'Adapter', 'Bias', 'ClsToken', 'Context', 'Full', 'Linear', 'MLPHead', 'Method',
+           'Partial', 'Stack', 'VPTAdd', 'VPTBelow', 'VPTPad', 'VPTPixels', 'build', 'describe', 'forward',
+           'with_head']  # fmt: skip
+
+
+def build(name: str, **settings: Any) -> Method:
+    """A method from its name and settings, as configs and prompt files give them.
+
+    Args:
+      name: a key of `METHODS`, or several joined with '+' (`'vpt+bias'`).
+      settings: the method's attributes; for a joined name, one dict of attributes per member name.
+
+    Raises:
+      UsageError: unknown name or setting, with the nearest known ones; a setting out of range.
+    """
+    names = name.split('+')
+    if len(names) > 1:
+        for key in settings:
+            if key not in names:
+                raise unknown(f'member of the stack {name!r}', key, names)
+        return Stack(*(build(n, **settings.get(n, {})) for n in names))
+    if name not in METHODS:
+        raise unknown('method', name, METHODS)
+    known = {f.name: f for f in dataclasses.fields(METHODS[name])}
+    for key, value in settings.items():
+        if key not in known:
+            raise unknown(f'setting of method {name!r}', key, known)
+        default = known[key].default
+        if isinstance(value, bool) != isinstance(default, bool) and default is not None:
+            raise UsageError(f'method {name}: {key} must be of type {type(default).__name__}, got {value!r}')
+    return METHODS[name](**settings)
+
+
+def describe(method: Method) -> list[dict]:
+    """A method as plain data, one entry a member; `build` of each entry gives it back."""
+    members = method.methods if isinstance(method, Stack) else (method,)
+    return [{'name': m.name, 'settings': dataclasses.asdict(m)} for m in members]
+
+
+def rebuild(described: list[dict]) -> Method:
+    """The inverse of `describe`."""
+    members = [build(entry['name'], **entry['settings']) for entry in described]
+    return members[0] if len(members) == 1 else Stack(*members)
+
+
+def with_head(method: Method, head: Method | None = None) -> Method:
+    """The method with a head: itself if it has one, else stacked with `head` (a `Linear` by default)."""
+    return method if method.changes('logits') else Stack(method, head or Linear())

@@ -1,0 +1,217 @@
+"""The parts of a pre-norm transformer: attention, MLP, block, encoder, and attention pooling.
+
+Every transformer backbone is made of these; the encoder is where a method's `layer` is called. Parameter names are
+big_vision's.
+
+Shapes: B images, T tokens, D width, H heads, k = D / H, F MLP width, L blocks.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vpt_jax.models.places import Context, Places
+
+ACTIVATIONS: dict[str, Callable] = {
+    'gelu': lambda x: nn.gelu(x, approximate=False),
+    'gelu_tanh': lambda x: nn.gelu(x, approximate=True),
+    'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention of queries [B, T, H, k] over keys and values [B, S, H, k]; returns [B, T, H, k].
+
+    Accelerators take the platform's fused kernel. XLA's CPU backend has none, and there heads-first operands halve
+    the time of the two batched products.
+    """
+    if jax.default_backend() != 'cpu':
+        return jax.nn.dot_product_attention(q, k, v)
+    q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+    scores = jnp.einsum('bhtd,bhsd->bhts', q * (1.0 / math.sqrt(q.shape[-1])), k)
+    return jnp.swapaxes(jnp.einsum('bhts,bhsd->bhtd', nn.softmax(scores), v), 1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate query, key and value kernels [D, H, k]."""
+
+    heads: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Attends from `x` [B, T, D] to `keys` [B, S, D] (to itself if None); returns [B, T, D]."""
+        width = x.shape[-1]
+        keys = x if keys is None else keys
+        split = (self.heads, width // self.heads)
+        q = nn.DenseGeneral(split, dtype=self.dtype, name='query')(x)
+        k = nn.DenseGeneral(split, dtype=self.dtype, name='key')(keys)
+        v = nn.DenseGeneral(split, dtype=self.dtype, name='value')(keys)
+        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name='out')(attention(q, k, v))
+
+
+class Mlp(nn.Module):
+    """Dense, activation, Dense; dropout after both if `dropout` > 0."""
+
+    hidden: int
+    activation: str
+    dropout: float = 0.0
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, T, D] to [B, T, D]."""
+        width = x.shape[-1]
+        init = {'kernel_init': nn.initializers.xavier_uniform(), 'bias_init': nn.initializers.normal(1e-6)}
+        x = nn.Dense(self.hidden, dtype=self.dtype, name='Dense_0', **init)(x)
+        x = ACTIVATIONS[self.activation](x)
+        x = nn.Dropout(self.dropout, deterministic=not self.dropout)(x)
+        x = nn.Dense(width, dtype=self.dtype, name='Dense_1', **init)(x)
+        return nn.Dropout(self.dropout, deterministic=not self.dropout)(x)
+
+
+def layer_norm(eps: float, dtype: Any, name: str) -> nn.LayerNorm:
+    """A LayerNorm over the last axis."""
+    # The fast variance E[x^2] - E[x]^2 loses the digits that parity needs.
+    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, callable as a whole or by its parts.
+
+    `attend` and `feed` are the two residual branches; `norm1`, `attention`, `norm2`, `mlp` their parts.
+    """
+
+    width: int
+    heads: int
+    mlp_dim: int
+    activation: str
+    ln_eps: float
+    layer_scale: bool = False
+    dropout: float = 0.0
+    dtype: Any = None
+
+    def setup(self):
+        self.norm1 = layer_norm(self.ln_eps, self.dtype, 'LayerNorm_0')
+        self.attention = Attention(self.heads, self.dtype, name='MultiHeadDotProductAttention_0')
+        self.norm2 = layer_norm(self.ln_eps, self.dtype, 'LayerNorm_1')
+        self.mlp = Mlp(self.mlp_dim, self.activation, self.dropout, self.dtype, name='MlpBlock_0')
+        if self.layer_scale:
+            init = nn.initializers.constant(1e-5)
+            self.scale1 = self.param('layer_scale_1', init, (self.width,))
+            self.scale2 = self.param('layer_scale_2', init, (self.width,))
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """The attention branch, without the residual: [B, T, D] to [B, T, D]."""
+        y = self.attention(self.norm1(x))
+        return y * self.scale1.astype(y.dtype) if self.layer_scale else y
+
+    def feed(self, x: jax.Array) -> jax.Array:
+        """The MLP branch, without the residual: [B, T, D] to [B, T, D]."""
+        y = self.mlp(self.norm2(x))
+        return y * self.scale2.astype(y.dtype) if self.layer_scale else y
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The whole block: [B, T, D] to [B, T, D]."""
+        x = x + self.attend(x)
+        return x + self.feed(x)
+
+
+class Encoder(nn.Module):
+    """The stack of blocks and the final norm, with a method's `layer` around every block.
+
+    With `scan` the blocks' parameters are one tree, `encoderblock`, with a leading axis of L (scheme S3), and each run
+    of blocks that the method treats alike is compiled once.
+    """
+
+    depth: int
+    block: dict
+    final_norm: bool
+    scan: bool
+
+    def setup(self):
+        if self.scan:
+            self.stacked = self.param('encoderblock', self._init_stacked)
+        else:
+            self.blocks = [Block(**self.block, name=f'encoderblock_{i}') for i in range(self.depth)]
+        if self.final_norm:
+            self.norm = layer_norm(self.block['ln_eps'], self.block['dtype'], 'encoder_norm')
+
+    def _init_stacked(self, key: jax.Array) -> dict:
+        x = jnp.zeros((1, 1, self.block['width']))
+        block = Block(**{**self.block, 'dropout': 0.0}, parent=None)
+        return jax.vmap(lambda k: block.init(k, x)['params'])(jax.random.split(key, self.depth))
+
+    def __call__(self, x: jax.Array, method: Places, prompts: Any, ctx: Context) -> jax.Array:
+        """Runs the blocks over [B, T, D]; a method may change T on the way."""
+        run = self._scanned if self.scan else self._unrolled
+        x = run(x, method, prompts, ctx)
+        return self.norm(x) if self.final_norm else x
+
+    def _unrolled(self, x, method, prompts, ctx):
+        for i, block in enumerate(self.blocks):
+            ctx.start = i
+            x = method.layer(prompts, block, x, i, ctx)
+        return x
+
+    def _scanned(self, x, method, prompts, ctx):
+        key = self.make_rng('dropout') if self.block['dropout'] else None
+
+        def step(x, args):
+            i, params = args
+            rngs = {} if key is None else {'dropout': jax.random.fold_in(key, i)}
+            block = Block(**self.block, parent=None).bind({'params': params}, rngs=rngs)
+            return method.layer(prompts, block, x, i, ctx), None
+
+        inside = [b for b in method.boundaries(self.depth) if 0 < b < self.depth]
+        for start, stop in pairwise(sorted({0, self.depth, *inside})):
+            ctx.start = start
+            run = jax.tree.map(lambda a, s=start, e=stop: a[s:e], self.stacked)
+            if stop - start == 1:
+                x, _ = step(x, (start, jax.tree.map(lambda a: a[0], run)))
+            else:
+                x, _ = jax.lax.scan(step, x, (jnp.arange(start, stop), run))
+        return x
+
+
+class MAPHead(nn.Module):
+    """Multi-head attention pooling: a learned probe attends to the tokens, then a residual MLP."""
+
+    heads: int
+    mlp_dim: int
+    activation: str
+    ln_eps: float
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Pools [B, T, D] to [B, D]."""
+        probe = self.param('probe', nn.initializers.xavier_uniform(), (1, 1, x.shape[-1]))
+        probe = jnp.broadcast_to(probe.astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
+        x = Attention(self.heads, self.dtype, name='MultiHeadDotProductAttention_0')(probe, x)
+        y = layer_norm(self.ln_eps, self.dtype, 'LayerNorm_0')(x)
+        x = x + Mlp(self.mlp_dim, self.activation, dtype=self.dtype, name='MlpBlock_0')(y)
+        return x[:, 0]
+
+
+def stack_blocks(params: dict) -> dict:
+    """The parameter tree of `scan=True` (one `encoderblock`, leading axis L) from one tree per block."""
+    blocks = dict(params['Transformer'])
+    count = sum(name.startswith('encoderblock_') for name in blocks)
+    each = [blocks.pop(f'encoderblock_{i}') for i in range(count)]
+    blocks['encoderblock'] = jax.tree.map(lambda *a: jnp.stack(a), *each)
+    return {**params, 'Transformer': blocks}
+
+
+def unstack_blocks(params: dict) -> dict:
+    """The inverse of `stack_blocks`."""
+    blocks = dict(params['Transformer'])
+    stacked = blocks.pop('encoderblock')
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    blocks |= {f'encoderblock_{i}': jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(count)}
+    return {**params, 'Transformer': blocks}
