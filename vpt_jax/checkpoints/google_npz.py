@@ -7,9 +7,9 @@ Three schemes hold the same network under different names, and all are read into
 - big_vision (google-research/big_vision): the canonical names, and two older spellings that its loader repairs.
 - big_vision with scanned blocks: one `Transformer/encoderblock` with a leading axis of L.
 
-The parameters may sit under `params/` (optax), `opt/target/` (flax.optim) or nothing; bfloat16 is stored as raw two-byte
-values. A CLS entry of the position embedding stays where the file has it (`ViT.posemb_prefix`): adding it to `cls` would
-give the same features, but not the same full fine-tuning.
+The parameters may sit under `params/` (optax), `opt/target/` (flax.optim) or nothing; bfloat16 is stored as raw
+two-byte values. A CLS entry of the position embedding stays where the file has it (`ViT.posemb_prefix`): adding it to
+`cls` would give the same features, but not the same full fine-tuning.
 
 Shapes: D width, H heads, k = D / H, F MLP width, P patch side, G grid side, L blocks.
 """
@@ -162,7 +162,7 @@ def settings(tree: Mapping, source: str = 'the tree') -> dict[str, Any]:
     }
     if found['posemb'] == 'learn':
         count = tree['pos_embedding'].shape[1]
-        # No two counts that differ by 1 or 2 are both squares of grids, so the prefix is certain.
+        # Two positive squares never differ by 1 or 2, so the prefix is certain.
         prefixes = [p for p in range(1 + found['cls_token'] + found['dist_token']) if _side(count - p)]
         if not prefixes:
             raise UsageError(f'{source} has {count} position embeddings, which is no square grid of patches')

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import traverse_util
 
 from vpt_jax.checkpoints import atomic
 from vpt_jax.errors import UsageError
@@ -137,17 +138,14 @@ def load(path: str | os.PathLike) -> PromptFile:
             f'{tensors} is damaged or does not belong to {notes.name}: copy both files of the prompt again'
         )
     arrays = _tensors(data, tensors, meta.get('tensors'))
-    tree: dict = {'prompts': {}, 'state': {}}
-    empty = meta.get('empty', [])
-    for name in [*arrays, *empty]:
-        *parents, last = name.split('/')
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = arrays[name] if name in arrays else {}
+    try:
+        flat = arrays | dict.fromkeys(meta.get('empty', ()), traverse_util.empty_node)
+        tree = traverse_util.unflatten_dict(flat, sep='/')
+    except (TypeError, AttributeError) as error:
+        raise UsageError(f'{notes} is damaged: {error}; copy the prompt again') from error
     for key in ('tensors', 'empty', 'safetensors_sha256'):
         meta.pop(key, None)
-    return PromptFile(tree['prompts'], tree['state'], meta)
+    return PromptFile(tree.get('prompts', {}), tree.get('state', {}), meta)
 
 
 def check_backbone(meta: Mapping[str, Any], backbone: Any) -> None:

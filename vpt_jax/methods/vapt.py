@@ -40,8 +40,8 @@ class VAPT(Method):
 
     Prompts (J = L - V adaptive blocks): `prompts` [P, D]; V > 1: `deep` [V - 1, P, D]; `norm/{scale, bias}` [J, D];
     `conv/kernel` [J, K, K] ([J, K, K, D] if depthwise); `mix/{kernel [J, H H', P], bias [J, P]}`;
-    `proj/{down [D, r], up [r, D]}` ([J, ...] if not shared); `scale` [1] if learnable. At first every adaptive prompt
-    is the zero vector.
+    `proj/{down [D, r], up [r, D]}`, and `scale` [1] if learnable (all [J, ...] if the projector is not shared). At
+    first every adaptive prompt is the zero vector.
 
     Attributes:
       num_tokens: P.
@@ -140,7 +140,7 @@ class VAPT(Method):
                 'up': jax.random.uniform(keys[4], (*lead, hidden, width), minval=-up, maxval=up),
             }
         if self.learnable_scale:
-            prompts['scale'] = jnp.ones(1)
+            prompts['scale'] = jnp.ones(1 if self.shared_projector else (adaptive, 1))
         return prompts
 
     def tokens(self, prompts: PyTree, x: jax.Array, ctx: Context) -> jax.Array:
@@ -191,9 +191,11 @@ class VAPT(Method):
         q = q + bias[:, None]
         if not self.projector:
             return q
-        down, up = (prompts['proj'][k] if self.shared_projector else prompts['proj'][k][j] for k in ('down', 'up'))
+        down, up, scale = prompts['proj']['down'], prompts['proj']['up'], prompts.get('scale')
+        if not self.shared_projector:
+            down, up, scale = down[j], up[j], None if scale is None else scale[j]
         h = ctx.dropout(ACTIVATIONS[self.activation](q @ down), self.projector_dropout, 'hidden', j)
-        return (h @ up) * (prompts['scale'] if self.learnable_scale else 1.0) + q
+        return (h @ up) * (1.0 if scale is None else scale) + q
 
     def _multiplied_out(self, mix: jax.Array, kernel: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Mix [P, H H'] after a convolution with `kernel` [K, K], as one mix [P, N] of the patches themselves."""

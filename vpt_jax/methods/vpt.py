@@ -102,6 +102,8 @@ class VPT(Method):
                 raise UsageError(f'method vpt: {setting}={value} needs deep=True')
         if self.drop_after and self.deep_layers is None:
             raise UsageError('method vpt: drop_after=True needs deep_layers')
+        if self.drop_after and self.pool == 'prompt_pool':
+            raise UsageError("method vpt: pool='prompt_pool' needs prompts at the end, but drop_after=True drops them")
         if self.last_layers_overwriting_patches and (self.deep_layers or self.shared):
             raise UsageError('method vpt: last_layers_overwriting_patches excludes deep_layers and shared')
 

@@ -57,6 +57,10 @@ class VPTAdd(Method):
         return prompts
 
     def _add(self, x: jax.Array, rows: jax.Array, i: int | jax.Array, ctx: Context) -> jax.Array:
+        extra = 0 if self.single else x.shape[1] - rows.shape[0]
+        if extra:  # tokens that other methods of a stack put behind the prefix
+            between = jnp.zeros((extra, rows.shape[1]), rows.dtype)
+            rows = jnp.concatenate([rows[: ctx.prefix], between, rows[ctx.prefix :]])
         rows = ctx.dropout(jnp.broadcast_to(rows, (x.shape[0], *rows.shape)), self.dropout, 'prompts', i)
         return x + rows.astype(x.dtype)
 
@@ -81,8 +85,8 @@ class VPTPixels(Method):
 
     Attributes:
       num_tokens: P.
-      pixel_init: 'uniform' (VPT's U(-v, v)), 'gaussian' (N(0, 1)), or 'imagenet' (U(0, 1), and ImageNet normalisation at
-        every use).
+      pixel_init: 'uniform' (VPT's U(-v, v)), 'gaussian' (N(0, 1)), or 'imagenet' (U(0, 1), and ImageNet normalisation
+        at every use).
       dropout: on the resulting tokens, in training.
     """
 

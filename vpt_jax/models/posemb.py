@@ -104,7 +104,9 @@ def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
       UsageError: the width is not a multiple of 4, or below 8.
     """
     if width % 4 or width < 8:
-        raise UsageError(f'sin-cos position embeddings need a width that is a multiple of 4 and at least 8, got {width}')
+        raise UsageError(
+            f'sin-cos position embeddings need a width that is a multiple of 4 and at least 8, got {width}'
+        )
     y, x = np.mgrid[: grid[0], : grid[1]]
     omega = 1.0 / 10000.0 ** (np.arange(width // 4) / (width // 4 - 1))
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega

@@ -37,6 +37,46 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.swapaxes(jnp.einsum('bhts,bhsd->bhtd', nn.softmax(scores), v), 1, 2)
 
 
+def project(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """A linear map as one two-dimensional product, whatever the axes.
+
+    XLA's CPU backend computes the kernel's gradient of a product over several batch axes many times slower.
+
+    Args:
+      x: [B, T, *inputs].
+      kernel: [*inputs, *outputs].
+      bias: [*outputs] or None.
+
+    Returns:
+      [B, T, *outputs].
+    """
+    inputs = x.ndim - 2
+    outputs = kernel.shape[inputs:]
+    y = x.reshape(x.shape[0] * x.shape[1], -1) @ kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
+    y = y if bias is None else y + bias.reshape(-1)
+    return y.reshape(*x.shape[:2], *outputs)
+
+
+class Dense(nn.Module):
+    """`project` with parameters `kernel` [*inputs, *features] and `bias` [*features]."""
+
+    features: tuple[int, ...]
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, T, *inputs] to [B, T, *features]."""
+        shape = (*x.shape[2:], *self.features)
+
+        def init(key, shape):
+            flat = (math.prod(x.shape[2:]), math.prod(self.features))
+            return nn.initializers.xavier_uniform()(key, flat).reshape(shape)
+
+        kernel = self.param('kernel', init, shape)
+        bias = self.param('bias', nn.initializers.zeros, self.features)
+        return project(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype))
+
+
 class Attention(nn.Module):
     """Multi-head attention with separate query, key and value kernels [D, H, k]."""
 
@@ -49,10 +89,10 @@ class Attention(nn.Module):
         width = x.shape[-1]
         keys = x if keys is None else keys
         split = (self.heads, width // self.heads)
-        q = nn.DenseGeneral(split, dtype=self.dtype, name='query')(x)
-        k = nn.DenseGeneral(split, dtype=self.dtype, name='key')(keys)
-        v = nn.DenseGeneral(split, dtype=self.dtype, name='value')(keys)
-        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name='out')(attention(q, k, v))
+        q = Dense(split, self.dtype, name='query')(x)
+        k = Dense(split, self.dtype, name='key')(keys)
+        v = Dense(split, self.dtype, name='value')(keys)
+        return Dense((width,), self.dtype, name='out')(attention(q, k, v))
 
 
 class Mlp(nn.Module):
@@ -67,11 +107,10 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]."""
         width = x.shape[-1]
-        init = {'kernel_init': nn.initializers.xavier_uniform(), 'bias_init': nn.initializers.normal(1e-6)}
-        x = nn.Dense(self.hidden, dtype=self.dtype, name='Dense_0', **init)(x)
+        x = Dense((self.hidden,), self.dtype, name='Dense_0')(x)
         x = ACTIVATIONS[self.activation](x)
         x = nn.Dropout(self.dropout, deterministic=not self.dropout)(x)
-        x = nn.Dense(width, dtype=self.dtype, name='Dense_1', **init)(x)
+        x = Dense((width,), self.dtype, name='Dense_1')(x)
         return nn.Dropout(self.dropout, deterministic=not self.dropout)(x)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.models import posemb
 from vpt_jax.models.places import UNCHANGED, Context, Places
-from vpt_jax.models.transformer import ACTIVATIONS, Encoder, MAPHead, layer_norm, stack_blocks, unstack_blocks
+from vpt_jax.models.transformer import ACTIVATIONS, Encoder, MAPHead, layer_norm, project, stack_blocks, unstack_blocks
 
 VARIANTS = {
     'Ti': {'width': 192, 'depth': 12, 'mlp_dim': 768, 'heads': 3},
@@ -27,6 +27,30 @@ VARIANTS = {
 }
 
 POOLS = ('tok', 'gap', 'map', '0', 'none')
+
+
+class PatchEmbedding(nn.Module):
+    """The patch convolution: stride equal to the kernel, no padding, a remainder dropped.
+
+    Written as one product of flattened patches with the kernel [p, p, channels, D]: the same numbers as a convolution,
+    whose gradient XLA's CPU backend computes without its matrix routines.
+    """
+
+    width: int
+    patch_size: int
+    use_bias: bool = True
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """Maps [B, H, W, channels] to [B, rows, columns, D]."""
+        (rows, columns), p, channels = grid, self.patch_size, images.shape[-1]
+        kernel = self.param('kernel', nn.initializers.lecun_normal(in_axis=(0, 1, 2)), (p, p, channels, self.width))
+        bias = self.param('bias', nn.initializers.zeros, (self.width,)) if self.use_bias else None
+        images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias, dtype=self.dtype)
+        x = images[:, : rows * p, : columns * p].reshape(-1, rows, p, columns, p, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, p, p, channels)
+        return project(x, kernel, bias).reshape(-1, rows, columns, self.width)
 
 
 class ViT(nn.Module):
@@ -124,9 +148,7 @@ class ViT(nn.Module):
         return stack_blocks(params) if self.scan else params
 
     def setup(self):
-        size = (self.patch_size, self.patch_size)
-        self.embedding = nn.Conv(self.width, size, strides=size, padding='VALID', use_bias=self.patch_bias,
-                                 dtype=self.dtype)  # fmt: skip
+        self.embedding = PatchEmbedding(self.width, self.patch_size, self.patch_bias, self.dtype)
         normal = nn.initializers.normal(0.02)
         if self.cls_token:
             self.cls = self.param('cls', nn.initializers.zeros, (1, 1, self.width))
@@ -145,7 +167,9 @@ class ViT(nn.Module):
                  'dtype': self.dtype}  # fmt: skip
         self.encoder = Encoder(self.depth, block, self.final_norm, self.scan, name='Transformer')
         if self.pool == 'map':
-            self.map_head = MAPHead(self.heads, self.mlp_dim, self.activation, self.ln_eps, self.dtype, name='MAPHead_0')
+            self.map_head = MAPHead(
+                self.heads, self.mlp_dim, self.activation, self.ln_eps, self.dtype, name='MAPHead_0'
+            )
         if self.fc_norm:
             self.norm_fc = layer_norm(self.ln_eps, self.dtype, 'fc_norm')
         if self.pre_logits:
@@ -154,7 +178,7 @@ class ViT(nn.Module):
 
     def patches(self, images: jax.Array) -> jax.Array:
         """The patch convolution alone: [B, H, W, channels] to [B, rows, columns, D], without positions."""
-        return self.embedding(images)
+        return self.embedding(images, self.grid(*images.shape[1:3]))
 
     def embed(self, images: jax.Array) -> jax.Array:
         """Patch tokens with positions behind the prefix tokens: [B, H, W, channels] to [B, prefix + N, D]."""

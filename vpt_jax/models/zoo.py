@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vpt_jax.checkpoints import google_npz
 from vpt_jax.errors import UsageError, unknown
-from vpt_jax.models.vit import VARIANTS, ViT, stack_blocks, unstack_blocks
+from vpt_jax.models.transformer import stack_blocks, unstack_blocks
+from vpt_jax.models.vit import VARIANTS, ViT
 
 Triple = tuple[float, float, float]
 
@@ -94,7 +96,7 @@ class Backbone:
         """The same network with its blocks scanned (compiles once whatever the depth) or unrolled."""
         if scan == self.model.scan:
             return self
-        params = stack_blocks(self.params) if scan else unstack_blocks(self.params)
+        params = stack_blocks(self.params) if scan else _unstacked(self.params)
         return dataclasses.replace(self, model=self.model.clone(scan=scan), params=params)
 
     def describe(self) -> dict[str, Any]:
@@ -184,6 +186,8 @@ def load_backbone(
         raise UsageError(f'image_size must be a whole number of pixels >= 1, got {image_size!r}')
     try:
         settings['dtype'] = None if dtype is None else jnp.dtype(dtype)
+        if dtype is not None and not jnp.issubdtype(settings['dtype'], jnp.floating):
+            raise TypeError
     except TypeError as error:
         raise UsageError(f"dtype must be a floating-point type such as 'bfloat16', got {dtype!r}") from error
     if name.startswith('random:'):
@@ -193,7 +197,7 @@ def load_backbone(
         raise UsageError(f'cannot load {name}: vpt_jax reads ViT weights from .npz files, not {suffix} files')
     if suffix == '.npz':
         row = Entry(None, None, '', None, None, 'gelu', IMAGENET, '')
-        return _from_file(Path(name), Path(name).name, row, image_size, pixels, settings)
+        return _from_file(Path(name).expanduser(), Path(name).name, row, image_size, pixels, settings)
     table = backbones()
     if name not in table:
         raise unknown('backbone', name, table)
@@ -230,7 +234,7 @@ def _from_file(
     model = ViT(**values)
     model.grid(model.image_size)
     channels = tree['embedding']['kernel'].shape[2]
-    template = jax.eval_shape(lambda: _init(model.clone(scan=False), channels))
+    template = jax.eval_shape(lambda: unstack_blocks(_init(model.clone(scan=True), channels)))
     params = google_npz.match(tree, template, str(path), prefix=model.posemb_prefix, rule=model.posemb_rule)
     params = jax.tree.map(jnp.asarray, params)
     params = stack_blocks(params) if model.scan else params
@@ -254,13 +258,22 @@ def _random(name: str, image_size: int | None, pixels: Pixels, settings: dict[st
     model = ViT(**values)
     model.grid(model.image_size)
     # Drawn as a scan whatever the model is: same weights either way, and depth costs no compile time.
-    scanned = model.clone(scan=True)
-    params = jax.jit(lambda: _init(scanned) if model.scan else unstack_blocks(_init(scanned)))()
+    params = _draw(model.clone(scan=True))
+    params = params if model.scan else _unstacked(params)
     drawn = ','.join(f'{k}={v}' for k, v in sorted(settings.items()) if k not in ('scan', 'dtype'))
     sha256 = f'random:{variant}/{patch}@{model.image_size}:seed{_SEED}' + (f':{drawn}' if drawn else '')
     return Backbone(name, model, params, sha256, pixels)
 
 
+def _unstacked(params: dict) -> dict:
+    # By way of numpy, whose slices are views: jax would compile one slice for every block and parameter.
+    return jax.tree.map(jnp.asarray, unstack_blocks(jax.tree.map(np.asarray, params)))
+
+
 def _init(model: ViT, channels: int = 3) -> dict:
+    """Initial parameters; with `scan` there is one block to trace and compile, however many the model has."""
     images = jnp.zeros((1, model.image_size, model.image_size, channels))
     return model.init({'params': jax.random.key(_SEED), 'dropout': jax.random.key(_SEED)}, images)['params']
+
+
+_draw = jax.jit(_init, static_argnums=(0, 1))

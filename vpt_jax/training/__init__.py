@@ -1,0 +1,1 @@
+"""Training: the step, the loop, the schedule, checkpoints of a run and what a run writes down."""

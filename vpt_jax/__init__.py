@@ -1,0 +1,13 @@
+"""Visual prompting for frozen vision models in JAX and Flax."""
+
+from vpt_jax import data, methods
+from vpt_jax.errors import UsageError
+from vpt_jax.models.zoo import Backbone, backbones, load_backbone
+from vpt_jax.training.loop import DivergedError, Result, StoppedError, fit, load_trained
+from vpt_jax.training.probe import linear_probe
+from vpt_jax.training.recipe import Recipe
+
+__version__ = '0.1.0'
+
+__all__ = ['Backbone', 'DivergedError', 'Recipe', 'Result', 'StoppedError', 'UsageError', 'backbones', 'data', 'fit',
+           'linear_probe', 'load_backbone', 'load_trained', 'methods']  # fmt: skip

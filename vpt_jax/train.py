@@ -1,0 +1,31 @@
+"""Adapts a frozen backbone to a dataset: `python -m vpt_jax.train --config=configs/vapt.py [--workdir DIR]`."""
+
+from vpt_jax import cli
+from vpt_jax.training import config as configs
+from vpt_jax.training.probe import linear_probe
+
+
+def main(config, workdir: str) -> None:
+    """Trains, evaluates, and prints the accuracy beside a linear probe's on the same split."""
+    result, dataset, preprocess = configs.run(config, workdir)
+    metrics = result.metrics
+    probe = None
+    if config.train.linear_probe and config.method.name != 'linear':
+        probe = linear_probe(result.backbone, dataset, preprocess, seed=config.seed, precision=metrics['precision'])
+        result.add('linear_probe', probe)
+    print(f'\n{config.method.name} on {dataset.name}, backbone {result.backbone.name}; everything is in {result.folder}')
+    speed = metrics['train_images_per_second']
+    speed = f'{speed:.0f} images/s, compiled in {metrics["compile_seconds"]:.1f} s' if speed else 'nothing left to train'
+    print(f'trained parameters {metrics["trained_parameters"]:,} ({metrics["percent_of_backbone"]:.2f}% of the backbone); '
+          f'{speed}')  # fmt: skip
+    if metrics['test_accuracy'] is None:
+        print('no test split: nothing to report an accuracy on')
+        return
+    line = f'test accuracy {100 * metrics["test_accuracy"]:.2f}% (mean per class {100 * metrics["test_mean_class_accuracy"]:.2f}%)'
+    if probe:
+        line += f', linear probe {100 * probe["test_accuracy"]:.2f}%'
+    print(line)
+
+
+if __name__ == '__main__':
+    cli.run_with_config(main, __doc__)

@@ -1,0 +1,130 @@
+"""From a config file to a run: the fields every config has, and what they become.
+
+A config file is Python with `get_config(arg)`; `arg` is what follows the colon in `--config=FILE:dataset=...,backbone=...`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from ml_collections import ConfigDict, config_dict
+
+from vpt_jax import data, methods
+from vpt_jax.errors import UsageError, unknown
+from vpt_jax.models.zoo import load_backbone
+from vpt_jax.training import loop
+from vpt_jax.training.recipe import Recipe
+
+
+def parse_arg(arg: str | None, **defaults: str) -> dict[str, str]:
+    """Reads `'dataset=digits,backbone=vit_b16_in21k'`.
+
+    Args:
+      arg: comma-separated `name=value` pairs, or None.
+      **defaults: the names that exist, with the values they have if absent.
+
+    Raises:
+      UsageError: a name that does not exist, or a part without `=`.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or '').split(',')):
+        name, equals, value = part.partition('=')
+        if name not in defaults:
+            raise unknown('config argument', name, defaults)
+        if not equals or not value:
+            raise UsageError(f'config arguments are written name=value, got {part!r}')
+        values[name] = value
+    return values
+
+
+def method(name: str, **settings) -> ConfigDict:
+    """The `method` or `head` field of a config: a name of `methods.METHODS` and every setting it has.
+
+    All settings appear, with their defaults, so that a misspelt one on the command line is refused.
+    """
+    if '+' in name:
+        return ConfigDict({'name': name, **{n: _settings(n, settings.pop(n, {})) for n in name.split('+')}, **settings})
+    return ConfigDict({'name': name, **_settings(name, settings)})
+
+
+def _settings(name: str, given: dict) -> dict:
+    if name not in methods.METHODS:
+        raise unknown('method', name, methods.METHODS)
+    built = methods.build(name, **given)
+    fields = {f.name: getattr(built, f.name) for f in dataclasses.fields(built)}
+    return {k: config_dict.placeholder(int) if v is None else v for k, v in fields.items()}
+
+
+def default(arg: str | None, **recipe) -> ConfigDict:
+    """A config with the published prompt protocol (VPT, VAPT): the method is for the config file to set.
+
+    `digits` is small and its backbone too, so there the defaults are 30 epochs with 3 of warm-up.
+
+    Args:
+      arg: `dataset=...,backbone=...` with the forms of `data.load` and `load_backbone`.
+      **recipe: fields of `Recipe`, over its defaults.
+    """
+    where = parse_arg(arg, dataset='digits', backbone='tiny_vit64')
+    if where['dataset'] == 'digits':
+        recipe = {**recipe, 'epochs': 30, 'warmup_epochs': 3}
+    r = Recipe(**recipe)
+    return ConfigDict({
+        'dataset': where['dataset'],
+        'backbone': where['backbone'],
+        'image_size': config_dict.placeholder(int),
+        'seed': r.seed,
+        'method': {'name': ''},
+        'head': method('linear'),
+        'data': {'augment': 'none', 'resize': config_dict.placeholder(str), 'on_bad_image': 'stop',
+                 'on_empty_class': 'stop'},
+        'optim': {'name': r.optimizer, 'lr': r.base_lr, 'weight_decay': r.weight_decay, 'momentum': r.momentum,
+                  'bias_multiplier': r.bias_multiplier, 'per_step': r.per_step},
+        'train': {'epochs': r.epochs, 'warmup_epochs': r.warmup_epochs, 'batch_size': r.batch_size,
+                  'eval_batch_size': r.eval_batch_size, 'eval_every_epochs': r.eval_every_epochs,
+                  'log_every_steps': r.log_every_steps, 'label_smoothing': r.label_smoothing, 'mixup': r.mixup,
+                  'precision': r.precision, 'linear_probe': True},
+        'checkpoint': {'every_steps': r.checkpoint_every_steps, 'keep': r.keep_checkpoints},
+    })  # fmt: skip
+
+
+def recipe(config: ConfigDict) -> Recipe:
+    """The `Recipe` of a config."""
+    train = {k: v for k, v in config.train.items() if k != 'linear_probe'}
+    return Recipe(
+        optimizer=config.optim.name, base_lr=float(config.optim.lr), weight_decay=config.optim.weight_decay,
+        momentum=config.optim.momentum, bias_multiplier=config.optim.bias_multiplier, per_step=config.optim.per_step,
+        checkpoint_every_steps=config.checkpoint.every_steps, keep_checkpoints=config.checkpoint.keep,
+        seed=config.seed, **train,
+    )  # fmt: skip
+
+
+def build_method(field: ConfigDict) -> methods.Method:
+    """The method of a `method` or `head` field."""
+    settings = field.to_dict()
+    return methods.build(settings.pop('name'), **settings)
+
+
+def run(config: ConfigDict, workdir: str | Path, backbone=None) -> tuple[loop.Result, data.Dataset, data.Preprocess]:
+    """Runs what a config says.
+
+    Args:
+      config: from a config file.
+      workdir: the run's folder.
+      backbone: instead of the one that the config names.
+
+    Returns:
+      (result, dataset, preprocess).
+
+    Raises:
+      UsageError, DivergedError, StoppedError: see `fit`.
+    """
+    how = recipe(config)
+    backbone = backbone or load_backbone(config.backbone, image_size=config.image_size)
+    adapted = methods.with_head(build_method(config.method), build_method(config.head))
+    adapted.check(backbone.model)
+    preprocess = loop.default_preprocess(backbone, config.data.augment, config.data.resize)
+    dataset = data.load(
+        config.dataset, preprocess, seed=how.seed, on_bad_image=config.data.on_bad_image,
+        on_empty_class=config.data.on_empty_class,
+    )  # fmt: skip
+    result = loop.fit(adapted, dataset, backbone, workdir=workdir, recipe=how, preprocess=preprocess)
+    return result, dataset, preprocess

@@ -1,0 +1,311 @@
+"""`fit`: from a method, a backbone and a dataset to a result, in a folder that can be stopped and resumed anywhere."""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vpt_jax import data, methods
+from vpt_jax.checkpoints import prompt_file
+from vpt_jax.errors import UsageError
+from vpt_jax.models.zoo import Backbone, load_backbone
+from vpt_jax.training import step as steps
+from vpt_jax.training.evaluation import evaluate
+from vpt_jax.training.recipe import Recipe
+from vpt_jax.training.run_folder import Progress, RunFolder, write_result
+
+PyTree = Any
+
+
+class DivergedError(RuntimeError):
+    """The loss became NaN or infinite; the message has the step, the last good checkpoint and advice."""
+
+
+class StoppedError(RuntimeError):
+    """A signal ended the run after its state was saved. `signal` is its number."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.signal = number
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What `fit` returns.
+
+    Attributes:
+      metrics: the content of `result.json`.
+      prompts, state: the trained pytree and what the method carried along, numpy arrays.
+      backbone: the frozen network.
+      folder: where everything was written.
+    """
+
+    metrics: dict
+    prompts: PyTree
+    state: PyTree
+    backbone: Backbone
+    folder: Path
+
+    def add(self, name: str, value: Any) -> None:
+        """Adds an entry to `metrics` and to `result.json`."""
+        self.metrics[name] = value
+        write_result(self.folder, self.metrics)
+
+
+def fit(
+    method: methods.Method,
+    dataset: str | data.Dataset = 'digits',
+    backbone: str | Backbone = 'tiny_vit64',
+    *,
+    workdir: str | Path,
+    recipe: Recipe | None = None,
+    preprocess: data.Preprocess | None = None,
+    head: methods.Method | None = None,
+    on_bad_image: str = 'stop',
+    on_empty_class: str = 'stop',
+) -> Result:
+    """Adapts a frozen backbone to a dataset.
+
+    A folder that holds an unfinished run of the same configuration is resumed, and ends with the same prompts, bit for
+    bit, as if it had never been stopped.
+
+    Args:
+      method: what is trained; a linear head is added if it has none.
+      dataset: a name for `data.load`, or a loaded dataset (decoded by `preprocess`).
+      backbone: a name for `load_backbone`, or a loaded backbone.
+      workdir: everything the run writes is under it.
+      recipe: how to train; `Recipe()` by default.
+      preprocess: by default the backbone's own size, resize rule and pixel statistics, without augmentation.
+      head: another head than linear.
+      on_bad_image, on_empty_class: see `data.load`.
+
+    Returns:
+      A `Result`.
+
+    Raises:
+      UsageError: anything the caller can mend: names, shapes, folders, another configuration in `workdir`.
+      DivergedError: the loss is not finite.
+      StoppedError: SIGTERM or SIGINT came; the run was saved and can be resumed.
+    """
+    recipe = recipe or Recipe()
+    backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
+    method = methods.with_head(method, head)
+    method.check(backbone.model)
+    preprocess = preprocess or default_preprocess(backbone)
+    described = describe_run(method, dataset, backbone, preprocess, recipe)
+    if isinstance(dataset, str):
+        dataset = data.load(dataset, preprocess, seed=recipe.seed, on_bad_image=on_bad_image,
+                            on_empty_class=on_empty_class)  # fmt: skip
+    batches = data.Batches(dataset.train, preprocess, recipe.batch_size, seed=recipe.seed)
+    program = steps.Program(
+        backbone.model, method, preprocess, dataset.num_classes, recipe.optimizer, recipe.weight_decay > 0,
+        recipe.momentum, recipe.bias_multiplier, recipe.per_step, recipe.label_smoothing, recipe.mixup,
+        recipe.resolved_precision(),
+    )  # fmt: skip
+    state = steps.init_state(
+        program, backbone.params, seed=recipe.seed, learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay, warmup_epochs=recipe.warmup_epochs, epochs=recipe.epochs,
+        steps_per_epoch=batches.steps_per_epoch,
+    )  # fmt: skip
+    state_bytes = sum(a.nbytes for a in jax.tree.leaves(state))
+    folder = RunFolder(workdir, described, state_bytes, recipe.keep_checkpoints)
+    with contextlib.closing(folder):
+        run = _Run(recipe, backbone, dataset, preprocess, batches, program, folder)
+        return run.finish(described, *run.train(state))
+
+
+def default_preprocess(backbone: Backbone, augment: str = 'none', resize: str | None = None) -> data.Preprocess:
+    """The pixels that a backbone expects, with an augmentation of `data.Preprocess`."""
+    pixels = backbone.pixels
+    return data.Preprocess(backbone.model.image_size, resize or pixels.resize, augment, pixels.mean, pixels.std)
+
+
+def describe_run(method, dataset, backbone, preprocess, recipe) -> dict:
+    """A run's resolved configuration as plain data: what must agree for a folder to be resumed."""
+    return {
+        'method': methods.describe(method),
+        'dataset': dataset if isinstance(dataset, str) else dataset.name,
+        'backbone': backbone.describe(),
+        'preprocess': preprocess.to_dict(),
+        'recipe': dataclasses.asdict(recipe),
+    }
+
+
+class _Run:
+    """One attempt at a run: training from wherever the folder stands, then evaluation."""
+
+    def __init__(self, recipe, backbone, dataset, preprocess, batches, program, folder):
+        self.recipe, self.backbone, self.dataset, self.preprocess = recipe, backbone, dataset, preprocess
+        self.batches, self.program, self.folder = batches, program, folder
+        self.mesh = steps.data_mesh()
+        self.params = steps.cast_backbone(backbone.params, program.precision, self.mesh)
+        self.total = recipe.epochs * batches.steps_per_epoch
+        self.pending: list[tuple[int, dict]] = []
+        self.signal = 0
+
+    def train(self, state):
+        """Runs the remaining steps; returns the final state and the timing."""
+        state = self.folder.restore(steps.replicate(state, self.mesh))
+        first = int(state.step)
+        self.folder.open_metrics(first)
+        every = self.recipe.checkpoint_every_steps or self.batches.steps_per_epoch
+        step = steps.train_step(self.program, self.mesh)
+        progress = Progress(self.total, first, self.recipe.batch_size)
+        timing = {'began': time.perf_counter(), 'first_step': 0.0, 'steps': self.total - first}
+        with self._signals(), contextlib.closing(progress):
+            for t in range(first, self.total):
+                batch = steps.shard_batch(self.batches.batch(t), self.mesh)
+                state, metrics = step(self.params, state, batch)
+                self.pending.append((t + 1, metrics))
+                if t == first:
+                    jax.block_until_ready(metrics)
+                    timing['first_step'] = time.perf_counter() - timing['began']
+                done = t + 1
+                last = done == self.total or self.signal
+                epoch_ends = done % self.batches.steps_per_epoch == 0
+                row = None
+                if last or done % self.recipe.log_every_steps == 0:
+                    row = self._log()
+                if last or done % every == 0:
+                    self._log()
+                    self.folder.save(done, state)
+                if self.recipe.eval_every_epochs and epoch_ends and len(self.dataset.val):
+                    if (done // self.batches.steps_per_epoch) % self.recipe.eval_every_epochs == 0:
+                        row = self._validate(done, state)
+                progress.update(done, row)
+                if self.signal and done < self.total:
+                    name = signal.Signals(self.signal).name
+                    raise StoppedError(
+                        self.signal,
+                        f'{name}: stopped after step {done} of {self.total}, which is saved in {self.folder.path}; '
+                        'run the same command again to resume',
+                    )
+            jax.block_until_ready(state)
+        timing['seconds'] = time.perf_counter() - timing['began']
+        return state, timing
+
+    def finish(self, described: dict, state, timing: dict) -> Result:
+        """Evaluates, writes `result.json` and the prompt file."""
+        prompts, carried = jax.device_get((state.prompts, state.state))
+        trained = sum(a.size for a in jax.tree.leaves(prompts))
+        result = {
+            'test_accuracy': None,
+            'trained_parameters': trained,
+            'percent_of_backbone': 100 * trained / self.backbone.num_params,
+            'epochs': self.recipe.epochs,
+            'steps': self.total,
+            **self._speed(timing),
+        }
+        for name in ('val', 'test'):
+            split = getattr(self.dataset, name)
+            if len(split):
+                scores = self._evaluate(split, state)
+                result |= {f'{name}_{k}': v for k, v in scores.items()}
+        result |= {
+            'backbone': self.backbone.name,
+            'dataset': self.dataset.name,
+            'classes': self.dataset.num_classes,
+            'unreadable_images': len(self.dataset.unreadable),
+            'normalisation': {'mean': self.preprocess.mean, 'std': self.preprocess.std},
+            'precision': self.program.precision,
+            'device': jax.devices()[0].device_kind,
+            'devices': jax.device_count(),
+            'jax': jax.__version__,
+            'workdir': str(self.folder.path),
+        }
+        if self.folder.main:
+            meta = {**described, 'class_names': list(self.dataset.class_names)}
+            prompt_file.save(self.folder.path, prompts, carried, meta)
+            write_result(self.folder.path, result)
+        return Result(result, prompts, carried, self.backbone, self.folder.path)
+
+    def _log(self) -> dict[str, float] | None:
+        """Fetches the metrics of all steps since the last call, checks every loss, writes the newest."""
+        if not self.pending:
+            return None
+        pending, self.pending = jax.device_get(self.pending), []
+        for t, metrics in pending:
+            if not np.isfinite(metrics['loss']):
+                saved = self.folder.last_saved()
+                where = f'the last good checkpoint is step {saved}' if saved else 'no checkpoint had been saved yet'
+                raise DivergedError(
+                    f'the loss became {float(metrics["loss"])} at step {t} (learning rate '
+                    f'{float(metrics["learning_rate"]):.4g}); {where} in {self.folder.path}. Use a smaller '
+                    '--config.optim.lr (and another --workdir), or more --config.train.warmup_epochs'
+                )
+        t, metrics = pending[-1]
+        row = {name: float(value) for name, value in metrics.items()}
+        self.folder.log(t, row)
+        return row
+
+    def _evaluate(self, split: data.Split, state) -> dict:
+        size = self.recipe.eval_batch_size or self.recipe.batch_size
+        batches = data.Batches(split, self.preprocess, size, train=False)
+        return evaluate(self.program, self.mesh, self.params, state.prompts, state.state, batches)
+
+    def _validate(self, done: int, state) -> dict[str, float]:
+        scores = self._evaluate(self.dataset.val, state)
+        row = {'val_accuracy': scores['accuracy'], 'val_loss': scores['loss']}
+        self.folder.log(done, row)
+        return row
+
+    def _speed(self, timing: dict) -> dict:
+        """Rates of this attempt; one that had nothing left to train keeps the figures of the one before."""
+        if timing['steps'] < 2:
+            return {k: self.folder.previous_result().get(k) for k in ('train_images_per_second', 'compile_seconds')}
+        per_step = (timing['seconds'] - timing['first_step']) / (timing['steps'] - 1)
+        return {
+            'train_images_per_second': self.recipe.batch_size / per_step,
+            'compile_seconds': max(timing['first_step'] - per_step, 0.0),
+        }
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """Turns SIGTERM and SIGINT into a request to save and stop after the current step."""
+
+        def request(number, frame):
+            if self.signal:  # the second Ctrl-C is meant
+                raise KeyboardInterrupt
+            self.signal = number
+
+        try:
+            before = {n: signal.signal(n, request) for n in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: the caller's signals are the caller's
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def load_trained(path: str | Path, backbone: str | Backbone | None = None):
+    """A trained network from its prompt file.
+
+    Args:
+      path: a run's folder, or its `prompt.safetensors` or `prompt.json`.
+      backbone: a name, path or loaded backbone; by default the name in the file.
+
+    Returns:
+      (backbone, method, preprocess, PromptFile).
+
+    Raises:
+      UsageError: a damaged file, or another backbone than the prompt was trained on.
+    """
+    file = prompt_file.load(path)
+    try:
+        entries, preprocess, trained_on = (file.meta[k] for k in ('method', 'preprocess', 'backbone'))
+        method = methods.rebuild(entries)
+        preprocess = data.Preprocess.from_dict(preprocess)
+    except (KeyError, TypeError) as error:
+        raise UsageError(f'{path} is not a complete prompt file: {error} is missing from its json') from error
+    if backbone is None or isinstance(backbone, str):
+        backbone = load_backbone(backbone or trained_on['name'], image_size=trained_on['settings']['image_size'])
+    prompt_file.check_backbone(file.meta, backbone)
+    method.check(backbone.model)
+    return backbone, method, preprocess, file

@@ -1,0 +1,243 @@
+"""The compiled train and evaluation steps: pure functions of (frozen params, state, batch) over a device mesh.
+
+Everything a run may vary without being another program is data: seed, learning rate, weight decay, the schedule's
+lengths. Only the prompt pytree is differentiated; the backbone is an argument that is never copied or updated.
+"""
+
+import dataclasses
+from functools import lru_cache
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vpt_jax.data import augment
+from vpt_jax.data.preprocess import Preprocess, normalise
+from vpt_jax.errors import UsageError
+from vpt_jax.methods import Method, forward
+from vpt_jax.training import optimizer as optimizers
+from vpt_jax.training.schedule import warmup_cosine
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a train step is compiled for; two runs that agree on it share one compilation.
+
+    Attributes:
+      model: the backbone module.
+      method: the method, with a head.
+      preprocess: for the pixel statistics and device-side augmentation.
+      num_classes: C.
+      optimizer: a name of `optimizer.NAMES`.
+      decays: whether the weight decay is positive (the published AdamW becomes SGD where it is not).
+      momentum, bias_multiplier: of the optimizer.
+      per_step: change the rate every step instead of every epoch.
+      label_smoothing: in [0, 1).
+      mixup: alpha of the Beta distribution, 0 for none.
+      precision: 'float32' (highest matmul precision) or 'bfloat16' (backbone and activations).
+    """
+
+    model: Any
+    method: Method
+    preprocess: Preprocess
+    num_classes: int
+    optimizer: str = 'sgd'
+    decays: bool = True
+    momentum: float = 0.9
+    bias_multiplier: float = 1.0
+    per_step: bool = False
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    precision: str = 'float32'
+
+    def transformation(self, learning_rate: float = 0.0, weight_decay: float | None = None):
+        """The optax optimizer; the rates matter only for the state that its `init` makes."""
+        decay = float(self.decays) if weight_decay is None else weight_decay
+        return optimizers.build(self.optimizer, learning_rate, decay, self.momentum, self.bias_multiplier)
+
+    def compute_model(self) -> Any:
+        """The backbone computing in the program's precision."""
+        return self.model.clone(dtype=jnp.bfloat16 if self.precision == 'bfloat16' else None)
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that training changes, and the numbers that steer it. Every field is made of arrays.
+
+    Attributes:
+      step: int32, steps done.
+      prompts: what is trained.
+      state: what the method carries along untrained (running statistics).
+      opt_state: the optimizer's.
+      seed: uint32; dropout and device-side augmentation depend on (seed, step) only.
+      schedule: `learning_rate` (at factor 1), `warmup_epochs`, `epochs`, `steps_per_epoch`; float32 scalars.
+    """
+
+    step: jax.Array
+    prompts: PyTree
+    state: PyTree
+    opt_state: PyTree
+    seed: jax.Array
+    schedule: dict
+
+
+def init_state(program: Program, params: PyTree, *, seed: int, learning_rate: float, weight_decay: float,
+               warmup_epochs: int, epochs: int, steps_per_epoch: int) -> TrainState:  # fmt: skip
+    """The state before the first step; prompts are drawn from `seed`.
+
+    Args:
+      program: what will be trained.
+      params: the backbone's weights, as the module stores them.
+      seed: >= 0.
+      learning_rate: the rate at schedule factor 1 (base rate / 256 * batch size).
+      weight_decay: >= 0.
+      warmup_epochs, epochs, steps_per_epoch: the schedule.
+
+    Raises:
+      UsageError: if the backbone lacks a place the method needs.
+    """
+    program.method.check(program.model)
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    init = jax.jit(program.method.init, static_argnums=(1, 3))
+    prompts = init(key, program.model, program.model.canonical(params), program.num_classes)
+    schedule = {'learning_rate': learning_rate, 'warmup_epochs': warmup_epochs, 'epochs': epochs,
+                'steps_per_epoch': steps_per_epoch}  # fmt: skip
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        prompts=prompts,
+        state=program.method.init_state(program.model),
+        opt_state=program.transformation(learning_rate, weight_decay).init(prompts),
+        seed=jnp.asarray(seed, jnp.uint32),
+        schedule={name: jnp.asarray(value, jnp.float32) for name, value in schedule.items()},
+    )
+
+
+def data_mesh() -> Mesh:
+    """All devices of all processes along one axis, `data`."""
+    return jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts a batch on the mesh, split over `data`; each process gives its own part of the batch.
+
+    Raises:
+      UsageError: if the devices do not divide the batch.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec('data'))
+    size = len(batch['label']) * jax.process_count()
+    if size % mesh.shape['data']:
+        raise UsageError(f'a batch of {size} examples cannot be split over {mesh.shape["data"]} devices')
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Puts a tree on every device of the mesh. A step whose first input lay elsewhere would be compiled twice."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def cast_backbone(params: PyTree, precision: str, mesh: Mesh) -> PyTree:
+    """Backbone weights on the mesh, in the type they are computed in, so that no step converts them."""
+    dtype = jnp.bfloat16 if precision == 'bfloat16' else jnp.float32
+    return replicate(jax.tree.map(lambda a: jnp.asarray(a, dtype), params), mesh)
+
+
+@lru_cache(maxsize=16)
+def train_step(program: Program, mesh: Mesh):
+    """Compiles the train step of a program (once per program and mesh).
+
+    Returns:
+      step(params, state, batch) -> (state, metrics). `state` is donated. `batch` has `image` uint8 [B, S, S, 3],
+      `label` int32 [B] and `weight` float32 [B]; metrics are the scalars `loss`, `accuracy` and `learning_rate`.
+    """
+    model, method = program.compute_model(), program.method
+    transformation = program.transformation()
+
+    def step(params, state, batch):
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step + 1)
+        images, targets = _prepare(program, batch, key)
+        weight = batch['weight'] / batch['weight'].sum()
+
+        def loss_fn(prompts):
+            logits, carried = forward(model, method, params, prompts, images, state=state.state, train=True, key=key,
+                                      weight=batch['weight'])  # fmt: skip
+            logits = logits.astype(jnp.float32)
+            return weight @ optax.softmax_cross_entropy(logits, targets), (logits, carried)
+
+        (loss, (logits, carried)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.prompts)
+        epoch = state.step / state.schedule['steps_per_epoch']
+        epoch = epoch if program.per_step else jnp.floor(epoch)
+        factor = warmup_cosine(epoch, state.schedule['warmup_epochs'], state.schedule['epochs'])
+        rate = state.schedule['learning_rate'] * factor
+        opt_state = optimizers.with_learning_rate(state.opt_state, rate)
+        updates, opt_state = transformation.update(grads, opt_state, state.prompts)
+        hit = logits.argmax(-1) == batch['label']
+        metrics = {'loss': loss, 'accuracy': weight @ hit, 'learning_rate': rate}
+        prompts = optax.apply_updates(state.prompts, updates)
+        return state.replace(step=state.step + 1, prompts=prompts, state=carried, opt_state=opt_state), metrics
+
+    return _compile(step, program, mesh, donate=(1,))
+
+
+@lru_cache(maxsize=16)
+def eval_step(program: Program, mesh: Mesh):
+    """Compiles the evaluation step of a program.
+
+    Returns:
+      step(params, (prompts, state), batch) -> dict of sums over the batch's examples: `loss`, and per class
+      `correct` [C] and `count` [C]; and `logits` float32 [B, C].
+    """
+    model, method = program.compute_model(), program.method
+
+    def step(params, trained, batch):
+        prompts, state = trained
+        images = normalise(batch['image'], program.preprocess.mean, program.preprocess.std)
+        logits, _ = forward(model, method, params, prompts, images, state=state)
+        logits = logits.astype(jnp.float32)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+        labels = jax.nn.one_hot(batch['label'], program.num_classes) * batch['weight'][:, None]
+        hit = (logits.argmax(-1) == batch['label']).astype(jnp.float32)
+        return {'loss': batch['weight'] @ loss, 'correct': hit @ labels, 'count': labels.sum(0), 'logits': logits}
+
+    return _compile(step, program, mesh)
+
+
+@lru_cache(maxsize=16)
+def feature_step(program: Program, mesh: Mesh):
+    """Compiles step(params, batch) -> features float32 [B, D] of the backbone without any method."""
+    model = program.compute_model()
+
+    def step(params, _, batch):
+        images = normalise(batch['image'], program.preprocess.mean, program.preprocess.std)
+        return model.apply({'params': params}, images).astype(jnp.float32)
+
+    return _compile(step, program, mesh)
+
+
+def _compile(step, program: Program, mesh: Mesh, donate: tuple[int, ...] = ()):
+    replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec('data'))
+    precision = 'highest' if program.precision == 'float32' else 'default'
+
+    def traced(*args):
+        with jax.default_matmul_precision(precision):
+            return step(*args)
+
+    return jax.jit(traced, donate_argnums=donate, in_shardings=(replicated, replicated, split),
+                   out_shardings=replicated)  # fmt: skip
+
+
+def _prepare(program: Program, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Augmented, normalised images [B, S, S, 3] and soft targets [B, C]."""
+    images = batch['image']
+    targets = jax.nn.one_hot(batch['label'], program.num_classes)
+    targets = optax.smooth_labels(targets, program.label_smoothing) if program.label_smoothing else targets
+    if program.preprocess.augment == 'pretrain':
+        images = augment.pretrain(jax.random.fold_in(key, 1), images.astype(jnp.float32) / 255)
+    if program.mixup:
+        images = images if images.dtype == jnp.float32 else images.astype(jnp.float32) / 255
+        images, targets = augment.mixup(jax.random.fold_in(key, 2), images, targets, program.mixup)
+    return normalise(images, program.preprocess.mean, program.preprocess.std), targets
