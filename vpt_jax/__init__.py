@@ -6,8 +6,7 @@ from vpt_jax.models.zoo import Backbone, backbones, load_backbone
 from vpt_jax.training.loop import DivergedError, Result, StoppedError, fit, load_trained
 from vpt_jax.training.probe import linear_probe
 from vpt_jax.training.recipe import Recipe
+from vpt_jax.version import __version__
 
-__version__ = '0.1.0'
-
-__all__ = ['Backbone', 'DivergedError', 'Recipe', 'Result', 'StoppedError', 'UsageError', 'backbones', 'data', 'fit',
-           'linear_probe', 'load_backbone', 'load_trained', 'methods']  # fmt: skip
+__all__ = ['Backbone', 'DivergedError', 'Recipe', 'Result', 'StoppedError', 'UsageError', '__version__', 'backbones',
+           'data', 'fit', 'linear_probe', 'load_backbone', 'load_trained', 'methods']  # fmt: skip

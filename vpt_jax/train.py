@@ -13,18 +13,18 @@ def main(config, workdir: str) -> None:
     if config.train.linear_probe and config.method.name != 'linear':
         probe = linear_probe(result.backbone, dataset, preprocess, seed=config.seed, precision=metrics['precision'])
         result.add('linear_probe', probe)
-    print(f'\n{config.method.name} on {dataset.name}, backbone {result.backbone.name}; everything is in {result.folder}')
-    speed = metrics['train_images_per_second']
-    speed = f'{speed:.0f} images/s, compiled in {metrics["compile_seconds"]:.1f} s' if speed else 'nothing left to train'
-    print(f'trained parameters {metrics["trained_parameters"]:,} ({metrics["percent_of_backbone"]:.2f}% of the backbone); '
-          f'{speed}')  # fmt: skip
+    print(f'\n{config.method.name} on {dataset.name}, {result.backbone.name}; everything is in {result.folder}')
+    share = f'{metrics["percent_of_backbone"]:.2f}% of the backbone'
+    print(f'trained parameters {metrics["trained_parameters"]:,} ({share})')
+    if metrics['train_images_per_second']:
+        rate, compiled = metrics['train_images_per_second'], metrics['compile_seconds']
+        print(f'trained at {rate:.0f} images/s after {compiled:.1f} s of compilation')
     if metrics['test_accuracy'] is None:
         print('no test split: nothing to report an accuracy on')
         return
-    line = f'test accuracy {100 * metrics["test_accuracy"]:.2f}% (mean per class {100 * metrics["test_mean_class_accuracy"]:.2f}%)'
-    if probe:
-        line += f', linear probe {100 * probe["test_accuracy"]:.2f}%'
-    print(line)
+    top1, per_class = 100 * metrics['test_accuracy'], 100 * metrics['test_mean_class_accuracy']
+    beside = f'; linear probe {100 * probe["test_accuracy"]:.2f}%' if probe else ''
+    print(f'test accuracy {top1:.2f}% (mean per class {per_class:.2f}%){beside}')
 
 
 if __name__ == '__main__':

@@ -42,7 +42,11 @@ def _with_head(method):
     return method if method.changes('logits') else Stack(method, Linear())
 
 
-@pytest.mark.parametrize('name', METHODS)
+# Compiling two programs with their gradients takes seconds a method; these hold one of every kind.
+QUICK = ('vpt_two_deep_then_dropped', 'vapt_unshared', 'all_at_once')
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in METHODS])
 def test_scan_equals_unrolled_in_training(tiny, name):
     method = _with_head(METHODS[name])
     prompts = tiny.prompts(method)

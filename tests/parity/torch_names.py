@@ -134,11 +134,9 @@ def names_of(path: Path, shape: tuple[int, ...], held: Iterable[str]) -> tuple[L
     """
     layout, *choices = _row(path)
     held = set(held)
-    for choice in choices:
-        names = [choice.format(i) for i in range(shape[0])] if '{}' in choice else [choice]
-        if held.intersection(names):
-            break
-    return layout, names, '{}' in choice
+    spelled = {c: [c.format(i) for i in range(shape[0])] if '{}' in c else [c] for c in choices}
+    choice = next((c for c in choices if held.intersection(spelled[c])), choices[0])
+    return layout, spelled[choice], '{}' in choice
 
 
 def collect(shapes: Mapping, arrays: Mapping[str, np.ndarray]) -> tuple[dict, set[str]]:

@@ -1,0 +1,1 @@
+"""Backbones: linen modules that offer the five places, and `zoo`, which names their weights."""

@@ -104,7 +104,7 @@ class Context:
         self._spans[self._scope] = (self.prefix, count)
 
     def own(self, x: jax.Array) -> jax.Array:
-        """This method's tokens in `x`: [B, P, D]."""
+        """The method's own tokens in `x`: [B, P, D]."""
         start, count = self._spans[self._scope]
         return x[:, start : start + count]
 

@@ -136,6 +136,7 @@ class Block(nn.Module):
     dtype: Any = None
 
     def setup(self):
+        """Makes the sub-modules and parameters."""
         self.norm1 = layer_norm(self.ln_eps, self.dtype, 'LayerNorm_0')
         self.attention = Attention(self.heads, self.dtype, name='MultiHeadDotProductAttention_0')
         self.norm2 = layer_norm(self.ln_eps, self.dtype, 'LayerNorm_1')
@@ -174,6 +175,7 @@ class Encoder(nn.Module):
     scan: bool
 
     def setup(self):
+        """Makes the sub-modules and parameters."""
         if self.scan:
             self.stacked = self.param('encoderblock', self._init_stacked)
         else:

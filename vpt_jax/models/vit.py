@@ -148,6 +148,7 @@ class ViT(nn.Module):
         return stack_blocks(params) if self.scan else params
 
     def setup(self):
+        """Makes the sub-modules and parameters."""
         self.embedding = PatchEmbedding(self.width, self.patch_size, self.patch_bias, self.dtype)
         normal = nn.initializers.normal(0.02)
         if self.cls_token:

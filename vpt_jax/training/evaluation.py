@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from vpt_jax.data import Batches
-from vpt_jax.training.step import PyTree, Program, eval_step, shard_batch
+from vpt_jax.training.step import Program, PyTree, eval_step, shard_batch
 
 
 def evaluate(program: Program, mesh, params: PyTree, prompts: PyTree, state: PyTree, batches: Batches) -> dict:

@@ -167,16 +167,14 @@ class _Run:
                     timing['first_step'] = time.perf_counter() - timing['began']
                 done = t + 1
                 last = done == self.total or self.signal
-                epoch_ends = done % self.batches.steps_per_epoch == 0
                 row = None
                 if last or done % self.recipe.log_every_steps == 0:
                     row = self._log()
                 if last or done % every == 0:
                     self._log()
                     self.folder.save(done, state)
-                if self.recipe.eval_every_epochs and epoch_ends and len(self.dataset.val):
-                    if (done // self.batches.steps_per_epoch) % self.recipe.eval_every_epochs == 0:
-                        row = self._validate(done, state)
+                if self._validates_after(done):
+                    row = self._validate(done, state)
                 progress.update(done, row)
                 if self.signal and done < self.total:
                     name = signal.Signals(self.signal).name
@@ -247,6 +245,11 @@ class _Run:
         size = self.recipe.eval_batch_size or self.recipe.batch_size
         batches = data.Batches(split, self.preprocess, size, train=False)
         return evaluate(self.program, self.mesh, self.params, state.prompts, state.state, batches)
+
+    def _validates_after(self, done: int) -> bool:
+        epoch, rest = divmod(done, self.batches.steps_per_epoch)
+        every = self.recipe.eval_every_epochs
+        return bool(every and not rest and epoch % every == 0 and len(self.dataset.val))
 
     def _validate(self, done: int, state) -> dict[str, float]:
         scores = self._evaluate(self.dataset.val, state)

@@ -35,7 +35,10 @@ def _flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
         tree = {str(i): v for i, v in enumerate(tree)}
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flatten(sub, f'{prefix}.{name}' if prefix else name).items()}
+    flat = {}
+    for name, sub in tree.items():
+        flat |= _flatten(sub, f'{prefix}.{name}' if prefix else name)
+    return flat
 
 
 class RunFolder:

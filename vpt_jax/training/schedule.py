@@ -7,8 +7,8 @@ import jax.numpy as jnp
 def warmup_cosine(epoch: jax.Array, warmup_epochs: jax.Array, epochs: jax.Array) -> jax.Array:
     """The factor on the base learning rate: linear warm-up, then half a cosine to zero.
 
-    e / w for e < w, then 0.5 (1 + cos(pi (e - w) / (T - w))). The published protocol gives whole epochs, so the rate is
-    constant inside an epoch and the first epoch of a warm-up has rate 0. A fraction of an epoch gives the per-step form.
+    e / w for e < w, then 0.5 (1 + cos(pi (e - w) / (T - w))). The published protocol gives whole epochs, so the
+    rate is constant inside an epoch and the first epoch of a warm-up has rate 0. Fractions give the per-step form.
 
     Args:
       epoch: e, scalar or [...], whole or not.

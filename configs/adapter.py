@@ -1,0 +1,14 @@
+"""Pfeiffer adapters that work from the start; base-finetune protocol of VPT (arXiv 2203.12119).
+
+The published code starts at zero and never leaves: `--config.method.adapter_init=zero` reproduces that.
+"""
+
+from vpt_jax.training import config as c
+
+
+def get_config(arg=None):
+    config = c.default(
+        arg, optimizer='adamw_vpt', base_lr=0.005, weight_decay=0.01, warmup_epochs=5, batch_size=384
+    )  # fmt: skip
+    config.method = c.method('adapter', reduction=8)
+    return config

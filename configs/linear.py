@@ -1,0 +1,9 @@
+"""The linear probe: only the head is trained; base-linear protocol of VPT (arXiv 2203.12119)."""
+
+from vpt_jax.training import config as c
+
+
+def get_config(arg=None):
+    config = c.default(arg, base_lr=2.5, weight_decay=1e-3, batch_size=1024)
+    config.method = c.method('linear')
+    return config

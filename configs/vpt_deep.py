@@ -1,0 +1,12 @@
+"""VPT-deep: learned prompts before every block (arXiv 2203.12119).
+
+Published grid: 1 to 200 prompts, base rates 0.05 to 50, weight decay 0 to 0.01, dropout 0.1.
+"""
+
+from vpt_jax.training import config as c
+
+
+def get_config(arg=None):
+    config = c.default(arg, base_lr=2.5, weight_decay=1e-3)
+    config.method = c.method('vpt', num_tokens=10, deep=True, dropout=0.1)
+    return config

@@ -1,0 +1,1 @@
+"""The embedded default backbone; README.md beside this file says how it was made and what it reached."""
