@@ -12,6 +12,7 @@ from flax import traverse_util
 from vpt_jax.checkpoints import google_npz
 from vpt_jax.errors import UsageError
 from vpt_jax.models import zoo
+from vpt_jax.models.loading import match
 from vpt_jax.models.places import Places
 from vpt_jax.models.transformer import stack_blocks
 from vpt_jax.models.vit import ViT
@@ -193,7 +194,7 @@ def test_failed_write_keeps_the_old_file(tmp_path):
 
 def test_match_casts_and_resamples():
     tree = traverse_util.unflatten_dict({k: v.astype(ml_dtypes.bfloat16) for k, v in tiny().items()}, sep='/')
-    fitted = google_npz.match(tree, shapes(image_size=10), 'x.npz')
+    fitted = match(tree, shapes(image_size=10), 'x.npz')
     assert fitted['pos_embedding'].shape == (1, 26, 8)
     assert {leaf.dtype for leaf in jax.tree.leaves(fitted)} == {np.dtype('float32')}
     np.testing.assert_array_equal(fitted['pos_embedding'][:, 0], tree['pos_embedding'][:, 0].astype(np.float32))
@@ -210,7 +211,7 @@ def test_match_casts_and_resamples():
 def test_match_says_what_does_not_fit(file, model, prefix, message):
     tree = traverse_util.unflatten_dict(tiny(**file), sep='/')
     with pytest.raises(UsageError, match=message):
-        google_npz.match(tree, shapes(**model), 'x.npz', prefix=prefix)
+        match(tree, shapes(**model), 'x.npz', prefix=prefix)
 
 
 def refused(path, message):

@@ -25,14 +25,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
 from vpt_jax.checkpoints import atomic
 from vpt_jax.errors import UsageError, unknown
-from vpt_jax.models import posemb
 
 #: Layers after the features; read only on request.
 READOUT = ('pre_logits', 'head')
@@ -106,7 +104,7 @@ def read(path: str | os.PathLike, keep: Sequence[str] = ()) -> dict:
                 continue
             for i, part in enumerate(array):
                 flat[f'Transformer/encoderblock_{i}/{name.removeprefix(_STACKED)}'] = part
-    return traverse_util.unflatten_dict(dict(sorted(flat.items(), key=lambda item: _natural(item[0]))), sep='/')
+    return traverse_util.unflatten_dict(dict(sorted(flat.items(), key=lambda item: natural(item[0]))), sep='/')
 
 
 def contents(path: str | os.PathLike, keep: Sequence[str] = ()) -> Contents:
@@ -197,61 +195,7 @@ def write(path: str | os.PathLike, params: Mapping, dtype: str | None = None) ->
         else:
             flat[name] = array
     with atomic.replacing(path) as file:
-        np.savez(file, **dict(sorted(flat.items(), key=lambda item: _natural(item[0]))))
-
-
-def match(params: Mapping, template: Mapping, source: str, *, prefix: int = 1, rule: str = 'corner') -> dict:
-    """Fits a file's parameters to a model, or says what does not fit.
-
-    A position embedding for another grid is resampled; everything else must have the model's names and shapes.
-
-    Args:
-      params: what `read` returned.
-      template: the model's parameters or shapes of them (`jax.eval_shape` of its `init`), blocks unrolled.
-      source: the file's name, for messages.
-      prefix: the model's `posemb_prefix`.
-      rule: the model's `posemb_rule`.
-
-    Returns:
-      A tree like `template`: numpy arrays in the template's types (only a resampled embedding is a new jax array).
-
-    Raises:
-      UsageError: names are missing or unexpected, or shapes differ.
-    """
-    have = traverse_util.flatten_dict(dict(params), sep='/')
-    want = traverse_util.flatten_dict(dict(template), sep='/')
-    faults = []
-    for verb, names in (('lacks', want.keys() - have.keys()), ('holds', have.keys() - want.keys())):
-        if names:
-            first = f'{verb} {min(names, key=_natural)!r}'
-            first += f' and {len(names) - 1} more' if len(names) > 1 else ''
-            faults.append(first + (' that the model has no place for' if verb == 'holds' else ''))
-    if faults:
-        raise UsageError(f'{source} does not fit the model: it {"; it ".join(faults)}')
-    fitted, wrong = {}, []
-    for name, leaf in want.items():
-        array = have[name]
-        if name == 'pos_embedding' and array.shape != leaf.shape and array.shape[::2] == leaf.shape[::2]:
-            array = _resampled(array, leaf.shape[1], source, prefix, rule)
-        if array.shape != leaf.shape:
-            wrong.append(f'{name!r} has shape {list(array.shape)} where the model has {list(leaf.shape)}')
-        else:
-            fitted[name] = array.astype(leaf.dtype, copy=False) if isinstance(array, np.ndarray) else array
-    if wrong:
-        more = f' (and {len(wrong) - 1} more such shapes)' if len(wrong) > 1 else ''
-        raise UsageError(f'{source} does not fit the model: {wrong[0]}{more}')
-    return traverse_util.unflatten_dict(fitted, sep='/')
-
-
-def _resampled(pos: np.ndarray, count: int, source: str, prefix: int, rule: str) -> Any:
-    """`pos` for `count` entries; both counts are a prefix and a square grid."""
-    side = _side(count - prefix)
-    if not side or not _side(pos.shape[1] - prefix):
-        raise UsageError(
-            f'{source} has {pos.shape[1]} position embeddings where the model has {count}; they cannot be resampled, '
-            f'because with posemb_prefix={prefix} that is no square grid'
-        )
-    return posemb.resample(jnp.asarray(pos, jnp.float32), (side, side), prefix, rule)
+        np.savez(file, **dict(sorted(flat.items(), key=lambda item: natural(item[0]))))
 
 
 def _side(count: int) -> int:
@@ -260,7 +204,7 @@ def _side(count: int) -> int:
     return side if side * side == count else 0
 
 
-def _natural(name: str) -> list:
+def natural(name: str) -> list:
     """Sort key that puts `encoderblock_2` before `encoderblock_10`."""
     return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name)]
 
@@ -337,7 +281,7 @@ def _check_architecture(path: str | os.PathLike, members: dict[str, Member]) -> 
         raise UsageError(f'{path} holds several towers ({towers}), which vpt_jax cannot read yet; give a plain ViT')
     query = _QUERY if _QUERY in members else _QUERY.replace('encoderblock_0', 'encoderblock')
     missing = [name for name in ('embedding/kernel', query) if name not in members]
-    unexpected = sorted((name for name in members if not _VIT.fullmatch(name)), key=_natural)
+    unexpected = sorted((name for name in members if not _VIT.fullmatch(name)), key=natural)
     if missing or unexpected:
         facts = [f'it has no {missing[0]!r}'] if missing else []
         facts += [f'it holds {unexpected[0]!r} and {len(unexpected)} such names in all'] if unexpected else []

@@ -19,6 +19,7 @@ import numpy as np
 
 from vpt_jax.checkpoints import google_npz
 from vpt_jax.errors import UsageError, unknown
+from vpt_jax.models.loading import match
 from vpt_jax.models.transformer import stack_blocks, unstack_blocks
 from vpt_jax.models.vit import VARIANTS, ViT
 
@@ -235,7 +236,7 @@ def _from_file(
     model.grid(model.image_size)
     channels = tree['embedding']['kernel'].shape[2]
     template = jax.eval_shape(lambda: unstack_blocks(_init(model.clone(scan=True), channels)))
-    params = google_npz.match(tree, template, str(path), prefix=model.posemb_prefix, rule=model.posemb_rule)
+    params = match(tree, template, str(path), prefix=model.posemb_prefix, rule=model.posemb_rule)
     params = jax.tree.map(jnp.asarray, params)
     params = stack_blocks(params) if model.scan else params
     with open(path, 'rb') as file:

@@ -104,17 +104,22 @@ def init_state(program: Program, params: PyTree, *, seed: int, learning_rate: fl
     program.method.check(program.model)
     key = jax.random.fold_in(jax.random.key(seed), 0)
     init = jax.jit(program.method.init, static_argnums=(1, 3))
-    prompts = init(key, program.model, program.model.canonical(params), program.num_classes)
+    prompts = _strong(init(key, program.model, program.model.canonical(params), program.num_classes))
     schedule = {'learning_rate': learning_rate, 'warmup_epochs': warmup_epochs, 'epochs': epochs,
                 'steps_per_epoch': steps_per_epoch}  # fmt: skip
     return TrainState(
         step=jnp.zeros([], jnp.int32),
         prompts=prompts,
-        state=program.method.init_state(program.model),
+        state=_strong(program.method.init_state(program.model)),
         opt_state=program.transformation(learning_rate, weight_decay).init(prompts),
         seed=jnp.asarray(seed, jnp.uint32),
         schedule={name: jnp.asarray(value, jnp.float32) for name, value in schedule.items()},
     )
+
+
+def _strong(tree: PyTree) -> PyTree:
+    """Without weak types, which the first step would lose: every later step would then be another program."""
+    return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), tree)
 
 
 def data_mesh() -> Mesh:
@@ -175,6 +180,8 @@ def train_step(program: Program, mesh: Mesh):
         rate = state.schedule['learning_rate'] * factor
         opt_state = optimizers.with_learning_rate(state.opt_state, rate)
         updates, opt_state = transformation.update(grads, opt_state, state.prompts)
+        # A stack's members leave empty dicts behind; the state must keep its structure, or step 2 is another program.
+        carried = jax.tree.unflatten(jax.tree.structure(state.state), jax.tree.leaves(carried))
         hit = logits.argmax(-1) == batch['label']
         metrics = {'loss': loss, 'accuracy': weight @ hit, 'learning_rate': rate}
         prompts = optax.apply_updates(state.prompts, updates)

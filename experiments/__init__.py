@@ -1,0 +1,1 @@
+"""Protocols as programs: what makes the tables in `docs/`."""
