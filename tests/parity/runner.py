@@ -70,8 +70,8 @@ def _family(case: Case) -> Callable[[Case, Report], None]:
         if family.claims(case):
             return family.run
     if 'backbone' in case.config:
-        raise Unsupported(f'backbone {case.config["backbone"]!r}')
+        raise Unsupported(f'no reader for cases on the backbone {case.config["backbone"]!r} yet')
     for key in ('method', 'what', 'kind', 'family', 'reference'):
         if key in case.meta:
-            raise Unsupported(f'{key} {str(case.meta[key])[:60]!r}')
+            raise Unsupported(f'no family of cases here covers the {key} {str(case.meta[key])!r} yet')
     raise Unsupported('no family of cases claims it')

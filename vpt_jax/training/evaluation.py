@@ -7,19 +7,18 @@ from vpt_jax.data import Batches
 from vpt_jax.training.step import Program, PyTree, eval_step, shard_batch
 
 
-def evaluate(program: Program, mesh, params: PyTree, prompts: PyTree, state: PyTree, batches: Batches) -> dict:
-    """Accuracy over all examples of a split.
+def count(program: Program, mesh, params: PyTree, prompts: PyTree, state: PyTree, batches: Batches) -> dict:
+    """Sums over all examples of a split.
 
     Args:
       program: the compiled network's settings.
       mesh: the device mesh.
       params: backbone weights.
       prompts, state: the method's pytrees.
-      batches: evaluation batches of the split.
+      batches: evaluation batches of the split; padding does not count.
 
     Returns:
-      `accuracy` (top-1), `mean_class_accuracy` (mean over the classes that occur), both in [0, 1]; `loss`;
-      `examples`.
+      `loss`, a float; `correct` and `count`, float64 [C]: examples of each class, and those recognised.
     """
     step = eval_step(program, mesh)
     # Sums stay on the device: the host prepares the next batch while this one is computed.
@@ -29,11 +28,26 @@ def evaluate(program: Program, mesh, params: PyTree, prompts: PyTree, state: PyT
         out = {name: out[name] for name in ('loss', 'correct', 'count')}
         sums = out if sums is None else jax.tree.map(lambda a, b: a + b, sums, out)
     sums = jax.device_get(sums)
-    correct, count = np.asarray(sums['correct'], np.float64), np.asarray(sums['count'], np.float64)
-    seen = count > 0
+    return {'loss': float(sums['loss'])} | {k: np.asarray(sums[k], np.float64) for k in ('correct', 'count')}
+
+
+def summary(sums: dict) -> dict:
+    """Scores from what `count` returned.
+
+    Returns:
+      `accuracy` (top-1), `mean_class_accuracy` (mean over the classes that occur), both in [0, 1]; `loss`;
+      `examples`.
+    """
+    correct, total = sums['correct'], sums['count']
+    seen = total > 0
     return {
-        'accuracy': float(correct.sum() / count.sum()),
-        'mean_class_accuracy': float((correct[seen] / count[seen]).mean()),
-        'loss': float(sums['loss'] / count.sum()),
-        'examples': int(count.sum()),
+        'accuracy': float(correct.sum() / total.sum()),
+        'mean_class_accuracy': float((correct[seen] / total[seen]).mean()),
+        'loss': float(sums['loss'] / total.sum()),
+        'examples': int(total.sum()),
     }
+
+
+def evaluate(program: Program, mesh, params: PyTree, prompts: PyTree, state: PyTree, batches: Batches) -> dict:
+    """Scores of a split: `summary` of `count`, whose arguments it takes."""
+    return summary(count(program, mesh, params, prompts, state, batches))

@@ -12,7 +12,6 @@ import numpy as np
 
 from vpt_jax import data, methods
 from vpt_jax.checkpoints import prompt_file
-from vpt_jax.errors import UsageError
 from vpt_jax.models.zoo import Backbone, load_backbone
 from vpt_jax.training import step as steps
 from vpt_jax.training.evaluation import evaluate
@@ -172,7 +171,7 @@ class _Run:
                     row = self._log()
                 if last or done % every == 0:
                     self._log()
-                    self.folder.save(done, state)
+                    self._save(done, state)
                 if self._validates_after(done):
                     row = self._validate(done, state)
                 progress.update(done, row)
@@ -229,17 +228,26 @@ class _Run:
         pending, self.pending = jax.device_get(self.pending), []
         for t, metrics in pending:
             if not np.isfinite(metrics['loss']):
-                saved = self.folder.last_saved()
-                where = f'the last good checkpoint is step {saved}' if saved else 'no checkpoint had been saved yet'
-                raise DivergedError(
-                    f'the loss became {float(metrics["loss"])} at step {t} (learning rate '
-                    f'{float(metrics["learning_rate"]):.4g}); {where} in {self.folder.path}. Use a smaller '
-                    '--config.optim.lr (and another --workdir), or more --config.train.warmup_epochs'
-                )
+                rate = float(metrics['learning_rate'])
+                raise self._diverged(f'the loss became {float(metrics["loss"])} at step {t} (learning rate {rate:.4g})')
         t, metrics = pending[-1]
         row = {name: float(value) for name, value in metrics.items()}
         self.folder.log(t, row)
         return row
+
+    def _save(self, done: int, state) -> None:
+        # The loss is computed before the update: a finite one does not vouch for the prompts after it.
+        if not all(np.isfinite(a).all() for a in jax.tree.leaves(jax.device_get((state.prompts, state.state)))):
+            raise self._diverged(f'the prompts became infinite or NaN at step {done}')
+        self.folder.save(done, state)
+
+    def _diverged(self, what: str) -> DivergedError:
+        saved = self.folder.last_saved()
+        where = f'the last good checkpoint is step {saved}' if saved else 'no checkpoint had been saved yet'
+        return DivergedError(
+            f'{what}; {where} in {self.folder.path}. Use a smaller --config.optim.lr (and another --workdir), or more '
+            '--config.train.warmup_epochs'
+        )
 
     def _evaluate(self, split: data.Split, state) -> dict:
         size = self.recipe.eval_batch_size or self.recipe.batch_size
@@ -285,30 +293,3 @@ class _Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def load_trained(path: str | Path, backbone: str | Backbone | None = None):
-    """A trained network from its prompt file.
-
-    Args:
-      path: a run's folder, or its `prompt.safetensors` or `prompt.json`.
-      backbone: a name, path or loaded backbone; by default the name in the file.
-
-    Returns:
-      (backbone, method, preprocess, PromptFile).
-
-    Raises:
-      UsageError: a damaged file, or another backbone than the prompt was trained on.
-    """
-    file = prompt_file.load(path)
-    try:
-        entries, preprocess, trained_on = (file.meta[k] for k in ('method', 'preprocess', 'backbone'))
-        method = methods.rebuild(entries)
-        preprocess = data.Preprocess.from_dict(preprocess)
-    except (KeyError, TypeError) as error:
-        raise UsageError(f'{path} is not a complete prompt file: {error} is missing from its json') from error
-    if backbone is None or isinstance(backbone, str):
-        backbone = load_backbone(backbone or trained_on['name'], image_size=trained_on['settings']['image_size'])
-    prompt_file.check_backbone(file.meta, backbone)
-    method.check(backbone.model)
-    return backbone, method, preprocess, file

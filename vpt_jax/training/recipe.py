@@ -1,6 +1,7 @@
 """How a run trains: the published protocols as one frozen record."""
 
 import dataclasses
+import math
 
 import jax
 
@@ -67,8 +68,8 @@ class Recipe:
             ('checkpoint.keep', self.keep_checkpoints, 1),
             ('seed', self.seed, 0),
         ):
-            if value < low:
-                raise UsageError(f'--config.{field} must be >= {low}, got {value}')
+            if not low <= value < math.inf:
+                raise UsageError(f'--config.{field} must be a finite number >= {low}, got {value}')
         if self.warmup_epochs >= self.epochs:
             raise UsageError(
                 f'--config.train.warmup_epochs={self.warmup_epochs} leaves no epoch of --config.train.epochs='

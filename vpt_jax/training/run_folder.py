@@ -6,10 +6,12 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -41,6 +43,13 @@ def _flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
     return flat
 
 
+def _crc32(state: PyTree) -> int:
+    total = 0
+    for leaf in jax.tree.leaves(jax.device_get(state)):
+        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
+    return total
+
+
 class RunFolder:
     """Opens, or reopens, the folder of a run.
 
@@ -63,7 +72,10 @@ class RunFolder:
             self._check_config(json.loads(json.dumps(config)))
         # Written synchronously: a checkpoint is either complete and renamed into place, or invisible.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self.path / 'checkpoints', options=options)
+        # Without a handler, orbax guesses what it holds from the newest checkpoint, which may be a damaged one.
+        self._manager = ocp.CheckpointManager(
+            self.path / 'checkpoints', options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
         self._writer = None
 
     def _check_writable(self, needed: int) -> None:
@@ -102,11 +114,40 @@ class RunFolder:
             _write(path, json.dumps(config, indent=2) + '\n')
 
     def restore(self, state: PyTree) -> PyTree:
-        """The newest complete checkpoint, in the shapes and types of `state`; `state` itself if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return state
-        return self._manager.restore(step, args=ocp.args.StandardRestore(state))
+        """The newest undamaged checkpoint, in the shapes and types of `state`; `state` itself if there is none.
+
+        Damaged ones (cut short, files missing, other bytes than were saved) are named in a warning, and removed once
+        an older one has been restored.
+
+        Raises:
+          UsageError: there are checkpoints, and none of them can be read.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._manager.restore(step, args=ocp.args.StandardRestore(state))
+                self._check_sum(step, restored)
+            except Exception as error:  # orbax lets out whatever its readers raise
+                damaged[step] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                continue
+            for bad, why in damaged.items():
+                print(f'warning: the checkpoint of step {bad} in {self.path} is damaged ({why}); going on from '
+                      f'step {step}', file=sys.stderr, flush=True)  # fmt: skip
+                self._manager.delete(bad)
+            return restored
+        if damaged:
+            step, why = next(iter(damaged.items()))
+            raise UsageError(
+                f'no checkpoint in {self.path / "checkpoints"} can be read (step {step}: {why}): remove that folder to '
+                'start anew, or choose another --workdir'
+            )
+        return state
+
+    def _check_sum(self, step: int, state: PyTree) -> None:
+        """Orbax notices missing bytes but not all changed ones."""
+        saved = (self._manager.metadata(step).custom_metadata or {}).get('crc32')
+        if saved is not None and saved != _crc32(state):
+            raise ValueError('its checksum does not match')
 
     def save(self, step: int, state: PyTree) -> None:
         """Saves a checkpoint unless that step has one.
@@ -117,7 +158,9 @@ class RunFolder:
         if step in self._manager.all_steps():
             return
         try:
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            self._manager.save(
+                step, args=ocp.args.StandardSave(state), force=True, custom_metadata={'crc32': _crc32(state)}
+            )
         except OSError as error:
             raise UsageError(
                 f'could not save the checkpoint of step {step} in {self.path} ({error.strerror or error}); '
