@@ -188,10 +188,10 @@ class Stack(Method):
 
 
 def overlay(tree: PyTree, part: PyTree) -> PyTree:
-    """`tree` with the leaves of `part`, a sub-tree of it, in their places."""
+    """`tree` with the leaves of `part`, a sub-tree of it, in their places; branches without leaves add nothing."""
     if not isinstance(part, dict):
         return part
-    return {**tree, **{k: overlay(tree.get(k, {}), v) for k, v in part.items()}}
+    return {**tree, **{k: overlay(tree.get(k, {}), v) for k, v in part.items() if jax.tree.leaves(v)}}
 
 
 def forward(model: Any, method: Method, params: PyTree, prompts: PyTree, images: jax.Array, *,

@@ -180,8 +180,6 @@ def train_step(program: Program, mesh: Mesh):
         rate = state.schedule['learning_rate'] * factor
         opt_state = optimizers.with_learning_rate(state.opt_state, rate)
         updates, opt_state = transformation.update(grads, opt_state, state.prompts)
-        # A stack's members leave empty dicts behind; the state must keep its structure, or step 2 is another program.
-        carried = jax.tree.unflatten(jax.tree.structure(state.state), jax.tree.leaves(carried))
         hit = logits.argmax(-1) == batch['label']
         metrics = {'loss': loss, 'accuracy': weight @ hit, 'learning_rate': rate}
         prompts = optax.apply_updates(state.prompts, updates)
