@@ -36,7 +36,7 @@ def short_name(dataset: str) -> str:
 
 
 def one_run(dataset: str, method: str, seed: int, workdir: Path) -> dict:
-    """Runs one method once, or reads what an earlier call left; returns {'accuracy' in [0, 1], 'parameters', 'rate'}."""
+    """Runs one method once, or reads what an earlier call left: its accuracy in [0, 1], parameters and rate."""
     folder = workdir / short_name(dataset) / f'{method}-{seed}'
     done = folder / 'row.json'
     if done.exists():

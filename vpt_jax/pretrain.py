@@ -3,9 +3,9 @@
 This is how the embedded backbone was made. It is full fine-tuning of a randomly initialised network by the same loop
 as every other run, resumable like every other run; the result is written as a Google-format `.npz`.
 
-The features of a network trained by itself share a large mean and differ in scale, which slows every head that is put on
-them. On export both are folded into the final LayerNorm, so that over the training images each feature has mean 0 and
-deviation 1. Linear heads can express the same functions before and after.
+The features of a network trained by itself share a large mean and differ in scale, which slows every head that is put
+on them. On export both are folded into the final LayerNorm, so that over the training images each feature has mean 0
+and deviation 1. Linear heads can express the same functions before and after.
 """
 
 from pathlib import Path
