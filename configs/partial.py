@@ -5,7 +5,8 @@ from vpt_jax.training import config as c
 
 def get_config(arg=None):
     config = c.default(
-        arg, optimizer='adamw_vpt', base_lr=0.001, weight_decay=0.01, warmup_epochs=5, batch_size=384
+        arg, optimizer='adamw_vpt', base_lr=0.001, weight_decay=0.01, warmup_epochs=5, batch_size=384,
+        digits={'batch_size': 16},
     )  # fmt: skip
     config.method = c.method('partial', blocks=1)
     return config

@@ -78,12 +78,12 @@ def test_describe_is_json():
 
 
 def test_image_size_and_dtype():
-    backbone = zoo.load_backbone(FILE, image_size=45, dtype='bfloat16')
+    backbone = zoo.load_backbone(FILE, image_size=40, dtype='bfloat16')
     assert backbone.params['pos_embedding'].shape == (1, 26, 32)
-    out = jax.eval_shape(lambda images: features(backbone, images), jnp.zeros((2, 45, 45, 3), jnp.bfloat16))
+    out = jax.eval_shape(lambda images: features(backbone, images), jnp.zeros((2, 40, 40, 3), jnp.bfloat16))
     assert out.shape == (2, 32) and out.dtype == jnp.bfloat16
-    with pytest.raises(UsageError, match='7x7 pixels is smaller than one patch of 8'):
-        zoo.load_backbone(FILE, image_size=7)
+    with pytest.raises(UsageError, match='45 pixels does not fit patches of 8 pixels: use 40 or 48'):
+        zoo.load_backbone(FILE, image_size=45)
     with pytest.raises(UsageError, match='image_size must be'):
         zoo.load_backbone(FILE, image_size=0)
     for dtype in ('float23', 'int8'):

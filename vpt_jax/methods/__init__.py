@@ -19,7 +19,7 @@ METHODS: dict[str, type[Method]] = {
 
 __all__ = ['METHODS', 'VAPT', 'VPT', 'Adapter', 'Bias', 'ClsToken', 'Context', 'Full', 'Linear', 'MLPHead', 'Method',
            'Partial', 'Stack', 'VPTAdd', 'VPTBelow', 'VPTPad', 'VPTPixels', 'build', 'describe', 'forward',
-           'with_head']  # fmt: skip
+           'rebuild', 'with_head']  # fmt: skip
 
 
 def build(name: str, **settings: Any) -> Method:
@@ -44,10 +44,16 @@ def build(name: str, **settings: Any) -> Method:
     for key, value in settings.items():
         if key not in known:
             raise unknown(f'setting of method {name!r}', key, known)
-        default = known[key].default
-        if isinstance(value, bool) != isinstance(default, bool) and default is not None:
-            raise UsageError(f'method {name}: {key} must be of type {type(default).__name__}, got {value!r}')
+        if not _fits(value, known[key].default):
+            kind = 'int or None' if known[key].default is None else type(known[key].default).__name__
+            raise UsageError(f'method {name}: {key} must be of type {kind}, got {value!r}')
     return METHODS[name](**settings)
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a setting has the type of its default; settings that default to None are whole numbers."""
+    kinds = {type(None): (int, type(None)), float: (int, float)}.get(type(default), (type(default),))
+    return isinstance(value, kinds) and (isinstance(default, bool) or not isinstance(value, bool))
 
 
 def describe(method: Method) -> list[dict]:

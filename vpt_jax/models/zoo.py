@@ -166,7 +166,7 @@ def load_backbone(
         `random:<variant>/<patch>[@size]` (`random:B/16`, `random:Ti/8@64`), an UNTRAINED network of a size of
         `vit.VARIANTS` from a fixed seed, for benchmarks and smoke tests.
       image_size: side of the images in pixels; the position embedding is resampled if the weights are for another.
-        None: as the weights are. A remainder smaller than a patch is dropped.
+        None: as the weights are (a remainder smaller than a patch is dropped).
       dtype: type to compute in ('bfloat16', ...); parameters are float32 always. None: float32.
       pixels: the input's convention; None: the entry's.
       **settings: any other setting of `ViT`, over what the file's shapes and the entry say (`scan=True`,
@@ -176,8 +176,8 @@ def load_backbone(
       The backbone.
 
     Raises:
-      UsageError: unknown name or setting, a file that is missing, damaged, or not such a ViT, an image smaller than
-        a patch.
+      UsageError: unknown name or setting, a file that is missing, damaged, or not such a ViT, an image size
+        that is not a multiple of the patch.
     """
     name = os.fspath(name)
     for key in settings:
@@ -231,7 +231,7 @@ def _from_file(
                 raise UsageError(f'{path} is not {name}: its {key} is {stored[key]}, expected {value}')
     values = {**stored, 'activation': row.activation, **settings}
     if image_size is not None:
-        values['image_size'] = image_size
+        values['image_size'] = _fitting(image_size, values['patch_size'])
     model = ViT(**values)
     model.grid(model.image_size)
     channels = tree['embedding']['kernel'].shape[2]
@@ -242,6 +242,15 @@ def _from_file(
     with open(path, 'rb') as file:
         sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
     return Backbone(name, model, params, sha256, pixels or row.pixels)
+
+
+def _fitting(size: int, patch: int) -> int:
+    """An image size that was asked for, which must be whole patches; weights as they are may differ (So400m/14)."""
+    if size % patch:
+        below, above = size - size % patch, size - size % patch + patch
+        near = f'{below} or {above}' if below else f'{above}'
+        raise UsageError(f'an image size of {size} pixels does not fit patches of {patch} pixels: use {near}')
+    return size
 
 
 def _random(name: str, image_size: int | None, pixels: Pixels, settings: dict[str, Any]) -> Backbone:
@@ -255,7 +264,8 @@ def _random(name: str, image_size: int | None, pixels: Pixels, settings: dict[st
         raise UsageError(f'{name!r} has patches of 0 pixels')
     if image_size is not None and size is not None and image_size != size:
         raise UsageError(f'{name!r} and image_size={image_size} disagree; give one of them')
-    values = {**VARIANTS[variant], 'patch_size': patch, 'image_size': image_size or size or 224, **settings}
+    size = _fitting(image_size or size or 224, patch)
+    values = {**VARIANTS[variant], 'patch_size': patch, 'image_size': size, **settings}
     model = ViT(**values)
     model.grid(model.image_size)
     # Drawn as a scan whatever the model is: same weights either way, and depth costs no compile time.
