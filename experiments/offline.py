@@ -30,11 +30,11 @@ WORKDIR = flags.DEFINE_string('workdir', 'runs/offline', 'All runs and the table
 #: Rates were chosen on the validation split of `digits`, lengths by what two CPU cores do in an hour. On so small a
 #: network the published SGD needs about twice as many epochs for deep prompts as AdamW does.
 RECIPES = {
-    'vpt_deep': {'optim.name': 'adamw', 'optim.lr': 0.15, 'train.batch_size': 8, 'train.epochs': 20},
-    'vapt': {'optim.lr': 0.5, 'train.batch_size': 4, 'train.epochs': 14},
+    'vpt_deep': {'optim.name': 'adamw', 'optim.lr': 1.0, 'train.batch_size': 8, 'train.epochs': 15},
+    'vapt': {'optim.lr': 0.5, 'train.batch_size': 4, 'train.epochs': 12},
 }
 #: The embedded default task gets more.
-EPOCHS_ON_DIGITS = {'vpt_deep': 36, 'vapt': 24}
+EPOCHS_ON_DIGITS = {'vpt_deep': 30, 'vapt': 24}
 
 
 def short_name(dataset: str) -> str:
