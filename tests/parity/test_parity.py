@@ -93,7 +93,9 @@ def test_a_weight_without_a_place_fails(changed):
 def test_unknown_things_are_unsupported(changed, capsys, reason, change):
     path = changed('x', **change)
     assert main([str(path.parent)]) == 0
-    assert capsys.readouterr().out.splitlines() == [f'x  unsupported: {reason}', '0 ok, 0 FAIL, 1 unsupported']
+    line, summary = capsys.readouterr().out.splitlines()
+    assert line.startswith('x  unsupported: ') and reason in line
+    assert summary == '0 ok, 0 FAIL, 1 unsupported'
 
 
 def test_a_case_that_breaks_does_not_take_the_others_down(changed, tmp_path, capsys):
