@@ -56,7 +56,7 @@ def _settings(name: str, given: dict) -> dict:
 
 
 #: The published protocols take thousands of steps; on the embedded digits, in minutes on a CPU, small batches do.
-DIGITS = {'epochs': 24, 'warmup_epochs': 2, 'batch_size': 4, 'eval_batch_size': 64}
+DIGITS = {'epochs': 20, 'warmup_epochs': 2, 'batch_size': 4, 'eval_batch_size': 64}
 
 
 def default(arg: str | None, digits: dict | None = None, **recipe) -> ConfigDict:
