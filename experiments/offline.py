@@ -27,8 +27,8 @@ SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds 0 to this number less one.', low
 BACKBONE = flags.DEFINE_string('backbone', 'tiny_vit64', 'Backbone of every run.')
 WORKDIR = flags.DEFINE_string('workdir', 'runs/offline', 'All runs and the tables go here.')
 
-#: Rates were picked on `digits` (VAPT) and `hds_orient8` (VPT-deep), once for all datasets; lengths by what two CPU cores do in an hour. On so small a network the published SGD takes deep prompts
-#: about twice as many epochs as AdamW.
+#: Rates were picked on `digits` (VAPT) and `hds_orient8` (VPT-deep), once for all datasets; lengths by what two CPU
+#: cores do in an hour. On so small a network the published SGD takes deep prompts about twice as many epochs as AdamW.
 RECIPES = {
     'vpt_deep': {'optim.name': 'adamw', 'optim.lr': 1.0, 'train.batch_size': 8, 'train.epochs': 15},
     'vapt': {'optim.lr': 0.5, 'train.batch_size': 4, 'train.epochs': 12},
