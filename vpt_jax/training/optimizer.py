@@ -34,6 +34,10 @@ def decayed(prompts: PyTree) -> PyTree:
     return _where(prompts, lambda names: not _is_last_bias(names))
 
 
+def _is_matrix(prompts: PyTree) -> PyTree:
+    return jax.tree.map(lambda p: p.ndim > 1, prompts)
+
+
 def _rate_multipliers(prompts: PyTree, multiplier: float) -> PyTree:
     return _where(prompts, lambda n: multiplier if n[-1] == 'bias' and not _is_last_bias(n) else 1.0)
 
@@ -131,8 +135,7 @@ def build(
     if name == 'adamw':
 
         def make(learning_rate, weight_decay):
-            wide = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
-            return optax.adamw(learning_rate, weight_decay=weight_decay, mask=wide)
+            return optax.adamw(learning_rate, weight_decay=weight_decay, mask=_is_matrix)
 
     elif name == 'adamw_vpt' and weight_decay:
 
