@@ -38,12 +38,12 @@ def write_task(folder: Path, *, train: int = 24, val: int = 4, test: int = 12) -
 
     import vpt_jax as vj
     from tests.training.conftest import arrays
-    from vpt_jax.checkpoints import google_npz
+    from vpt_jax.checkpoints.schemes import big_vision
 
     backbone = vj.load_backbone('random:Ti/8@16', depth=2, width=32, mlp_dim=32, heads=2)
     params = jax.device_get(backbone.params)
-    google_npz.write(folder / 'tiny.npz', params)
-    google_npz.write(folder / 'other.npz', jax.tree.map(lambda a: a + 1, params))
+    big_vision.write(folder / 'tiny.npz', params)
+    big_vision.write(folder / 'other.npz', jax.tree.map(lambda a: a + 1, params))
     np.savez(folder / 'patterns.npz', **arrays((train, val, test)))
     return folder / 'tiny.npz', folder / 'patterns.npz'
 

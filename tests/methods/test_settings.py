@@ -12,6 +12,8 @@ AT_ONCE = [
     ('vpt_pixels', {'num_tokens': 0}, 'method vpt_pixels: num_tokens must be >= 1, got 0'),
     ('vpt_pad', {'num_pixels': 0}, 'num_pixels must be >= 1, got 0'),
     ('vpt_below', {'num_channels': -2}, 'num_channels must be >= 1, got -2'),
+    ('vpt_below', {'pixel_init': 'gauss'}, "unknown pixel initialisation 'gauss': did you mean 'gaussian'"),
+    ('vpt_pad', {'pixel_init': 'uniform'}, "unknown pixel initialisation 'uniform'"),
     ('vpt', {'dropout': 1.0}, r'dropout must be in \[0, 1\), got 1.0'),
     ('vpt_add', {'dropout': -0.1}, r'dropout must be in \[0, 1\), got -0.1'),
     ('vapt', {'map_dropout': 1.0}, r'map_dropout must be in \[0, 1\), got 1.0'),

@@ -20,11 +20,13 @@ class Case:
       name: NAME.
       meta: the json.
       arrays: the npz, by full name (`out/logits`).
+      folder: where they were, and where weight files may lie that the json lists under `files`.
     """
 
     name: str
     meta: dict[str, Any]
     arrays: dict[str, np.ndarray]
+    folder: Path = Path()
 
     @classmethod
     def load(cls, npz: Path) -> 'Case':
@@ -33,7 +35,13 @@ class Case:
         if not isinstance(meta, dict):
             raise Unsupported('its json is not an object')
         with np.load(npz, allow_pickle=False) as file:
-            return cls(npz.stem, meta, {name: file[name] for name in file.files})
+            return cls(npz.stem, meta, {name: file[name] for name in file.files}, npz.parent)
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files of the case that lie beside it."""
+        paths = (self.folder / name for name in self.meta.get('files', ()))
+        return [path for path in paths if path.exists()]
 
     @property
     def config(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From the references' configuration keys to our methods."""
 
+import re
 from typing import Any
 
 from tests.parity.case import Case, Unsupported
@@ -38,6 +39,8 @@ _WITH_PROMPT = {
     'cls-reinit+prompt': (ClsToken(redraw=True),),
     'prompt-noupdate': (),
 }
+# How cases call methods that the references call 'prompt'.
+_PROMPTS = ('vapt', 'vpt-deep', 'vpt-shallow')
 _WITHOUT_PROMPT = {
     'linear': (),
     'end2end': (Full(),),
@@ -48,9 +51,14 @@ _WITHOUT_PROMPT = {
 
 
 def transfer_type(case: Case) -> str:
-    """TRANSFER_TYPE of a case; VAPT's cases name the method instead."""
-    method = str(case.meta.get('method', ''))
-    return str(case.config.get('transfer_type', 'prompt' if method == 'vapt' else method))
+    """TRANSFER_TYPE of a case; others name the method instead, with a location (ConvNets) or a backbone (MAE, MoCo)."""
+    method = method_of(case)
+    return str(case.config.get('transfer_type', 'prompt' if method in _PROMPTS else method))
+
+
+def method_of(case: Case) -> str:
+    """The method of a case without what it is on."""
+    return re.split(':| on ', str(case.meta.get('method', '')))[0]
 
 
 def known_transfer_type(name: str) -> bool:
@@ -72,6 +80,11 @@ class Options:
         self._defaults = {f'PROMPT.{key}': value for key, value in config.get('defaults', {}).items()}
         self._given = {key.removeprefix('MODEL.'): value for key, value in config.get('options', {}).items()}
         self._given.setdefault('MLP_NUM', config.get('mlp_num', 0))
+        if method_of(case) == 'vpt-deep':
+            self._given.setdefault('PROMPT.DEEP', True)
+        if 'location' in config:  # the form of ConvNets' cases, whose location is listed with every method
+            keys = ('num_tokens', 'location', 'initiation') if transfer_type(case) in _WITH_PROMPT else ()
+            self._given |= {f'PROMPT.{key.upper()}': config[key] for key in keys if key in config}
 
     def take(self, key: str, default: Any) -> Any:
         """The value of an option, which counts as known from now on."""
@@ -126,8 +139,11 @@ def members(case: Case, vapt: type[VAPT] = VAPT) -> list[Method]:
 def _prompt(case: Case, options: Options, transfer: str, vapt: type[VAPT]) -> Method:
     for key in _TRAIN_ONLY:
         options.take(f'PROMPT.{key}', 0.0)
-    options.require('PROMPT.INITIATION', 'random')
-    adaptive = options.take('PROMPT.ADAPTIVE', case.meta.get('method') == 'vapt')
+    convnet = 'location' in case.config
+    initiation = options.take('PROMPT.INITIATION', 'random')
+    if initiation != 'random' and not (convnet and initiation == 'gaussian'):
+        raise Unsupported(f'option PROMPT.INITIATION={initiation}')
+    adaptive = options.take('PROMPT.ADAPTIVE', method_of(case) == 'vapt')
     if adaptive:
         return _vapt(options, vapt)
     for key in _VAPT_ONLY:
@@ -145,12 +161,13 @@ def _prompt(case: Case, options: Options, transfer: str, vapt: type[VAPT]) -> Me
         raise Unsupported(f'option PROMPT.DEEP=True with LOCATION {location}')
     if location in _PIXELS:
         return VPTPixels(num_tokens=count, pixel_init=_PIXELS[location])
+    pixel_init = 'gaussian' if initiation == 'gaussian' else 'imagenet'
     if location == 'pad':
-        return VPTPad(num_pixels=count)
+        return VPTPad(num_pixels=count, pixel_init=pixel_init)
     if location == 'below':
         if transfer not in ('prompt', 'prompt-noupdate'):
             raise Unsupported(f'option PROMPT.LOCATION=below with {transfer}')
-        return VPTBelow(num_channels=count)
+        return VPTBelow(num_channels=count, pixel_init=pixel_init if convnet else 'uniform')
     raise Unsupported(f'option PROMPT.LOCATION={location}')
 
 

@@ -1,11 +1,11 @@
-"""A case of a prompted Google ViT, made ready to run: our model and method with the case's weights in them."""
+"""A case of a prompted network, made ready to run: our model and method with the case's weights in them."""
 
 import dataclasses
-import tempfile
+import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +15,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tests.parity import torch_names
 from tests.parity.case import Case, Unsupported
 from tests.parity.options import members, transfer_type
-from vpt_jax.checkpoints import google_npz
+from vpt_jax.checkpoints import scheme
+from vpt_jax.checkpoints.source import ArraySource
 from vpt_jax.errors import UsageError
 from vpt_jax.methods import VAPT, Context, Stack, forward
-from vpt_jax.models import posemb
+from vpt_jax.models import loading, posemb
 from vpt_jax.models.vit import ViT
 
 
@@ -65,7 +66,7 @@ class Prompted:
       unused: the case's weights that have no place in our prompts.
     """
 
-    model: ViT
+    model: nn.Module
     method: Stack
     params: dict
     prompts: dict
@@ -99,8 +100,6 @@ def prepare(case: Case) -> Prompted:
     Raises:
       Unsupported: an option, or a combination, that our methods do not have.
     """
-    if 'backbone/embedding/kernel' not in case.arrays:
-        raise Unsupported(f'backbone {case.config.get("backbone", "without Google names")!r}')
     try:
         method = SeenStack(*members(case, SeenVAPT))
         size = case.arrays['in/images'].shape[1]
@@ -123,8 +122,9 @@ def prepare(case: Case) -> Prompted:
         tree, names = torch_names.collect({m.name: shapes}, weights)
         prompts |= tree
         used |= names
-    if state:
-        state, names = torch_names.collect(state, weights)
+    if 'mlp' in state:  # the only state that cases hold
+        tree, names = torch_names.collect({'mlp': state['mlp']}, weights)
+        state |= tree
         used |= names
     frozen = set()
     if transfer_type(case) == 'prompt-noupdate':
@@ -134,14 +134,27 @@ def prepare(case: Case) -> Prompted:
     return Prompted(model, method, *on_device, frozenset(frozen), google, unused)
 
 
-def _backbone(case: Case, size: int, framed: bool) -> tuple[ViT, dict, dict[str, str]]:
-    """The ViT for images of `size` pixels, its parameters, and canonical names to the file's."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'backbone.npz'
-        np.savez(path, **case.group('backbone'))
-        tree = google_npz.read(path)
-        google = {name: member.name for name, member in google_npz.contents(path).members.items()}
-    model = ViT(**google_npz.settings(tree))
+def in_vits_names(case: Case) -> Case:
+    """A case on MAE or MoCo v3, whose network is called `enc`, with `enc.transformer` as all others have it."""
+    if not any(name.startswith('backbone/enc.') for name in case.arrays):
+        return case
+    own = re.compile(r'^((?:method|grad)/|)enc\.')
+    arrays = {own.sub(r'\1enc.transformer.', name.replace('backbone/enc.', 'backbone/')): array
+              for name, array in case.arrays.items()}  # fmt: skip
+    lists = {key: [own.sub('enc.transformer.', name) for name in case.meta.get(key, ())]
+             for key in ('trainable', 'unused_trainable') if key in case.meta}  # fmt: skip
+    return dataclasses.replace(case, arrays=arrays, meta={**case.meta, **lists})
+
+
+def _backbone(case: Case, size: int, framed: bool) -> tuple[nn.Module, dict, dict[str, str]]:
+    """The network for images of `size` pixels, its parameters, and canonical names to the file's."""
+    source = ArraySource(case.group('backbone'), case.name)
+    part, ported = scheme.port(source, hints={'heads': case.config.get('heads')})
+    if ported.family != 'vit':
+        return *loading.build(part, ported, image_size=size), {}
+    tree = scheme.load(source, ported)
+    google = {name: weight.names[0] for name, weight in ported.weights.items()}
+    model = ViT(**{**ported.settings, 'activation': 'gelu'})  # VPT's code runs Google's weights with exact GELU
     if model.image_size != size and not framed:
         # As the references do on loading. A framed image is of neither size: the network resamples as it runs.
         model = model.clone(image_size=size)
@@ -154,7 +167,7 @@ def _override(params: dict, weights: dict[str, np.ndarray]) -> tuple[dict, set[s
     """Backbone weights that the case stores with the method (a redrawn CLS token); those of other shapes stay out."""
     flat, used = flatten_dict(params), set()
     for path, old in flat.items():
-        layout, name = torch_names.backbone_row(path)
+        layout, name = torch_names.backbone_row(path) or (None, None)
         if name in weights and weights[name].size == old.size:
             flat[path] = layout(weights[name], old.shape)
             used.add(name)

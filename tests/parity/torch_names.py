@@ -46,6 +46,15 @@ _MLP = f'{_T}deep_prompt_embeddings_mlp.'
 _DOWN = f'{_T}deep_prompt_downsample.'
 _ADAPTER = f'{_T}encoder.layer.{{}}.adapter_'
 
+# A ResNet's first layers, which the reference moves out of the network when it trains them.
+_RESNET = {
+    'conv1/kernel': (conv, 'prompt_layers.conv1.weight'),
+    'bn1/scale': (same, 'prompt_layers.bn1.weight'),
+    'bn1/bias': (same, 'prompt_layers.bn1.bias'),
+    'bn1/mean': (same, 'prompt_layers.bn1.running_mean'),
+    'bn1/var': (same, 'prompt_layers.bn1.running_var'),
+}
+
 # Our path, the layout, and the reference's names; the first name that the case holds counts.
 _ROWS: dict[str, tuple] = {
     'vpt/prompts': (same, f'{_T}prompt_embeddings'),
@@ -55,11 +64,12 @@ _ROWS: dict[str, tuple] = {
     'vpt_add/prompts': (same, f'{_T}prompt_embeddings'),
     'vpt_add/deep': (same, f'{_T}deep_prompt_embeddings'),
     'vpt_pixels/pixels': (image, f'{_T}prompt_embeddings'),
-    'vpt_pad/top_bottom': (image, f'{_T}prompt_embeddings_tb'),
-    'vpt_pad/left_right': (image, f'{_T}prompt_embeddings_lr'),
-    'vpt_below/channels': (image, f'{_T}prompt_embeddings'),
+    'vpt_pad/top_bottom': (image, f'{_T}prompt_embeddings_tb', 'prompt_embeddings_tb'),
+    'vpt_pad/left_right': (image, f'{_T}prompt_embeddings_lr', 'prompt_embeddings_lr'),
+    'vpt_below/channels': (image, f'{_T}prompt_embeddings', 'prompt_embeddings'),
     'vpt_below/embedding/kernel': (conv, f'{_T}embeddings.patch_embeddings.weight'),
     'vpt_below/embedding/bias': (same, f'{_T}embeddings.patch_embeddings.bias'),
+    **{f'vpt_below/{ours}': row for ours, row in _RESNET.items() if ours[-4:] not in ('mean', '/var')},
     'vapt/prompts': (same, f'{_T}prompt_embeddings'),
     'vapt/deep': (same, f'{_T}deep_prompt_embeddings'),
     'vapt/norm/scale': (same, f'{_T}deep_prompt_norm.{{}}.weight'),
@@ -100,8 +110,8 @@ _BACKBONE = {
 BACKBONE_MEMBERS = ('full', 'partial', 'bias', 'cls')
 
 
-def backbone_row(path: Path) -> tuple:
-    """The row of a backbone parameter."""
+def backbone_row(path: Path) -> tuple | None:
+    """The row of a backbone parameter; None for the layers of ConvNets that the reference never trains."""
     name = '/'.join(path)
     if name in ('cls', 'pos_embedding'):
         return same, f'{_T}{_BACKBONE[name]}'
@@ -109,7 +119,9 @@ def backbone_row(path: Path) -> tuple:
     layout = same if path[-1] != 'kernel' else conv if module == 'embedding' else linear
     if found := re.fullmatch(r'Transformer/encoderblock_(\d+)/(.+)', module):
         return layout, f'{_T}encoder.layer.{found[1]}.{_BACKBONE[found[2]]}.{leaf}'
-    return layout, f'{_T}{_BACKBONE[module]}.{leaf}'
+    if module in _BACKBONE:
+        return layout, f'{_T}{_BACKBONE[module]}.{leaf}'
+    return _RESNET.get(name)
 
 
 def _row(path: Path) -> tuple:

@@ -17,25 +17,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from vpt_jax.checkpoints import atomic
+from vpt_jax.checkpoints import atomic, safetensors_file
 from vpt_jax.errors import UsageError
 
 FORMAT = 1
 NAME = 'prompt'
-
-# What safetensors calls numpy's types. Its own numpy reader knows no bfloat16, so bytes are turned into arrays here.
-_DTYPES = {
-    'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64,
-    'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U64': np.uint64, 'U32': np.uint32, 'U16': np.uint16,
-    'U8': np.uint8, 'BOOL': np.bool_,
-}  # fmt: skip
-_STORABLE = frozenset(np.dtype(d) for d in _DTYPES.values())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,7 +175,7 @@ def _walk(tree: Mapping, prefix: str) -> Iterator[tuple[str, np.ndarray | None]]
             raise UsageError(f'{name} is a {type(value).__name__}; prompts are nested dicts of arrays')
         # safetensors writes the memory as it lies, so a transposed view would come back scrambled.
         array = np.asarray(value, order='C')
-        if array.dtype not in _STORABLE:
+        if array.dtype not in safetensors_file.STORABLE:
             raise UsageError(f'{name} has type {array.dtype}, which a prompt file cannot hold')
         yield name, array
 
@@ -201,12 +192,12 @@ def _tensors(data: bytes, path: Path, expected: Any) -> dict[str, np.ndarray]:
     arrays = {}
     for name, note in expected.items():
         part = stored[name]
-        if list(part['shape']) != note.get('shape') or part['dtype'] not in _DTYPES:
+        if list(part['shape']) != note.get('shape') or part['dtype'] not in safetensors_file.DTYPES:
             raise UsageError(
                 f'{path}: {name!r} is {part["dtype"]} {list(part["shape"])} where its .json says '
                 f'{note.get("dtype")} {note.get("shape")}'
             )
-        arrays[name] = np.frombuffer(part['data'], _DTYPES[part['dtype']]).reshape(part['shape'])
+        arrays[name] = np.frombuffer(part['data'], safetensors_file.DTYPES[part['dtype']]).reshape(part['shape'])
     return arrays
 
 

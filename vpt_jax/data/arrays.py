@@ -20,7 +20,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from vpt_jax.data.dataset import Dataset, Split
+from vpt_jax.data.dataset import Dataset, Reading, Split
 from vpt_jax.data.decode import decode_all
 from vpt_jax.data.npz_file import NpzFile
 from vpt_jax.data.preprocess import Preprocess
@@ -33,7 +33,7 @@ _EXTRA = 3
 _Source = tuple[np.ndarray, Callable[[int], np.ndarray | Image.Image], str]
 
 
-def read(argument: str, preprocess: Preprocess, *, seed: int, on_bad_image: str, on_empty_class: str) -> Dataset:
+def read(argument: str, preprocess: Preprocess, how: Reading) -> Dataset:
     """Reads an array file; see the module's docstring for its forms and `dataset.load` for the arguments.
 
     Raises:
@@ -61,13 +61,13 @@ def read(argument: str, preprocess: Preprocess, *, seed: int, on_bad_image: str,
         parts = {split: (sources['all'], np.flatnonzero(code == number)) for number, split in enumerate(_SPLITS)}
     elif set(parts) == {'train'}:
         source, _ = parts['train']
-        parts = {s: (source, index) for s, index in zip(_SPLITS, eight_one_one(source[0], seed), strict=True)}
+        parts = {s: (source, index) for s, index in zip(_SPLITS, eight_one_one(source[0], how.seed), strict=True)}
     if not len(parts['train'][1]):
         raise UsageError(f'array file {argument} has no training example: {_where_train(file)}')
     splits, unreadable = {}, ()
     for split in _SPLITS:
         source, index = parts.get(split, (parts['train'][0], np.arange(0)))
-        splits[split], bad = _decode(source, index, preprocess, on_bad_image)
+        splits[split], bad = _decode(source, index, preprocess, how.on_bad_image)
         unreadable += bad
     if not len(splits['train']):
         raise UsageError(f'no training image of {argument} could be read')

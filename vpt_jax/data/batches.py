@@ -1,7 +1,7 @@
 """Batches of fixed shape, each a pure function of the seed and its number, so that any run can be resumed anywhere."""
 
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -37,8 +37,9 @@ class Batches:
         if len(split) == 0:
             raise UsageError('the split is empty: there is nothing to make batches of; use another split')
         self._one_array = isinstance(split.images, np.ndarray)
-        square = (preprocess.size, preprocess.size, 3)
-        if self._one_array != preprocess.fixed_size or (self._one_array and split.images.shape[1:] != square):
+        first = split.images[0].shape
+        edge = preprocess.size if preprocess.fixed_size else preprocess.resize_edge
+        if min(first[:2]) != edge or (preprocess.fixed_size and first != (edge, edge, 3)):
             raise UsageError(
                 f'the images were not decoded with resize {preprocess.resize!r} at size {preprocess.size}: load the '
                 'dataset with the same Preprocess'
@@ -68,7 +69,13 @@ class Batches:
         index = self._epoch_order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
         weight = (np.arange(self.batch_size) < len(index)).astype(np.float32)
         index = np.resize(index, self.batch_size)
-        return {'image': self._views(index, t), 'label': self.split.labels[index].astype(np.int32), 'weight': weight}
+        # Positions count from 1: NumPy pads seeds with zeros, so (seed, t, 0) would be epoch t's shuffle.
+        images = self._views(index, [(int(t), position + 1) for position in range(self.batch_size)])
+        return {'image': images, 'label': self.split.labels[index].astype(np.int32), 'weight': weight}
+
+    def views(self, index: np.ndarray) -> np.ndarray:
+        """One view of each of these examples, [n] to uint8 [n, S, S, 3], augmented if batches are; always the same."""
+        return self._views(index, [(int(i), 0, 1) for i in index])
 
     def epoch(self, number: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """The batches of one epoch; without augmentation every epoch has the same examples."""
@@ -85,7 +92,8 @@ class Batches:
             self._order = (epoch, order)
         return order
 
-    def _views(self, index: np.ndarray, t: int) -> np.ndarray:
+    def _views(self, index: np.ndarray, draws: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """Views of examples; with the seed, `draws` decide the augmentation of each."""
         preprocess, images = self.preprocess, self.split.images
         on_host = self.train and preprocess.augment in ('flip', 'fgvc')
         if self._one_array and not on_host:
@@ -94,8 +102,7 @@ class Batches:
         out = np.empty((len(index), size, size, 3), np.uint8)
         for position, i in enumerate(index):
             if on_host:
-                # Positions count from 1: NumPy pads seeds with zeros, so (seed, t, 0) would be epoch t's shuffle.
-                rng = np.random.default_rng((self.seed, int(t), position + 1))
+                rng = np.random.default_rng((self.seed, *draws[position]))
                 out[position] = preprocess.train_view(images[i], rng)
             else:
                 out[position] = preprocess.eval_view(images[i])

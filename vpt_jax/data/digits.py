@@ -17,14 +17,14 @@ import pathlib
 
 import numpy as np
 
-from vpt_jax.data.dataset import Dataset, Split
+from vpt_jax.data.dataset import Dataset, Reading, Split
 from vpt_jax.data.decode import decode_all
 from vpt_jax.data.preprocess import Preprocess
 
 _FILE = pathlib.Path(__file__).with_name('digits.npz')
 
 
-def read(argument: str, preprocess: Preprocess, *, seed: int, on_bad_image: str, on_empty_class: str) -> Dataset:
+def read(argument: str, preprocess: Preprocess, how: Reading) -> Dataset:
     """The embedded digits, grey levels scaled from 0..16 to 0..255; only `preprocess` makes a difference.
 
     Returns:
@@ -37,6 +37,6 @@ def read(argument: str, preprocess: Preprocess, *, seed: int, on_bad_image: str,
     for number in range(3):
         index = np.flatnonzero(part == number)
         names = tuple(f'digits[{i}]' for i in index)
-        decoded, _, _ = decode_all(images[index].__getitem__, names, preprocess, on_bad_image)
+        decoded, _, _ = decode_all(images[index].__getitem__, names, preprocess, how.on_bad_image)
         splits.append(Split(decoded, labels[index], names))
     return Dataset('digits', tuple('0123456789'), *splits)

@@ -14,10 +14,10 @@ any case); hidden files and folders are passed over; symbolic links are followed
 import pathlib
 
 import numpy as np
-from PIL import Image
 
-from vpt_jax.data.dataset import Dataset, Split
-from vpt_jax.data.decode import decode_all
+from vpt_jax.data.cache import keep
+from vpt_jax.data.dataset import Dataset, Reading
+from vpt_jax.data.decode import image_files
 from vpt_jax.data.preprocess import Preprocess
 from vpt_jax.data.stratify import eight_one_one
 from vpt_jax.errors import UsageError
@@ -26,7 +26,7 @@ EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 _SPLITS = {'train': ('train',), 'val': ('val', 'valid', 'validation'), 'test': ('test',)}
 
 
-def read(argument: str, preprocess: Preprocess, *, seed: int, on_bad_image: str, on_empty_class: str) -> Dataset:
+def read(argument: str, preprocess: Preprocess, how: Reading) -> Dataset:
     """Reads an image folder; see the module's docstring for the layouts and `dataset.load` for the arguments.
 
     Raises:
@@ -38,7 +38,7 @@ def read(argument: str, preprocess: Preprocess, *, seed: int, on_bad_image: str,
         what = 'is a file, not a folder' if root.exists() else 'does not exist'
         raise UsageError(f'dataset folder {argument} {what}: give the folder that holds train/ or the class folders')
     folders = _split_folders(root)
-    listings = {split: _list_classes(folder, on_empty_class) for split, folder in folders.items()}
+    listings = {split: _list_classes(folder, how.on_empty_class) for split, folder in folders.items()}
     if not listings['train']:
         raise UsageError(
             f'dataset folder {argument} holds no class folder with images: expected {argument}/train/<class>/*.jpg '
@@ -57,12 +57,12 @@ def read(argument: str, preprocess: Preprocess, *, seed: int, on_bad_image: str,
         files['test'] = files.pop('val')
     if 'test' not in files:
         paths, labels = files['train']
-        parts = zip(_SPLITS, eight_one_one(labels, seed), strict=True)
+        parts = zip(_SPLITS, eight_one_one(labels, how.seed), strict=True)
         files = {split: ([paths[i] for i in index], labels[index]) for split, index in parts}
     nothing = ([], np.zeros(0, np.int32))
     splits, unreadable = {}, ()
     for split in _SPLITS:
-        splits[split], bad = _decode(*files.get(split, nothing), preprocess, on_bad_image)
+        splits[split], bad = keep(image_files(*files.get(split, nothing), root), preprocess, how)
         unreadable += bad
     lost = [classes[i] for i in np.setdiff1d(np.arange(len(classes)), splits['train'].labels)]
     if lost:
@@ -117,19 +117,6 @@ def _examples(listing: dict[str, list[pathlib.Path]], classes: tuple[str, ...]) 
     paths = [path for name in classes for path in listing.get(name, [])]
     counts = [len(listing.get(name, [])) for name in classes]
     return paths, np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-
-
-def _decode(
-    paths: list[pathlib.Path], labels: np.ndarray, preprocess: Preprocess, on_bad_image: str
-) -> tuple[Split, tuple[str, ...]]:
-    def open_image(i: int) -> Image.Image:
-        with Image.open(paths[i]) as image:
-            image.load()
-            return image
-
-    names = tuple(map(str, paths))
-    images, kept, unreadable = decode_all(open_image, names, preprocess, on_bad_image)
-    return Split(images, labels[kept], tuple(names[i] for i in kept)), unreadable
 
 
 def _some(names: list[str], most: int = 8) -> str:

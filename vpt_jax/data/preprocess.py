@@ -24,9 +24,29 @@ Triple = tuple[float, float, float]
 IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 #: Maps [0, 1] to [-1, 1]: what Google's ViT checkpoints were trained with.
 HALF: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+#: Mean and standard deviation of CLIP's pixels (arXiv 2103.00020).
+CLIP: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+STATISTICS = {'imagenet': IMAGENET, 'half': HALF, 'clip': CLIP}
 
-RESIZES = ('vtab', 'fgvc', 'bicubic')
+RESIZES = ('vtab', 'fgvc', 'bicubic', 'bilinear', 'crop_bicubic', 'crop_bilinear')
 AUGMENTS = ('none', 'flip', 'fgvc', 'pretrain')
+_FILTERS = {'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR}
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """The pixels that a benchmark's published numbers were made with; fields as in `Preprocess`."""
+
+    resize: str
+    augment: str
+    mean: Triple
+    std: Triple
+
+
+#: VPT's VTAB-1k pipeline: legacy resize, nothing else (KMnP/vpt, `src/data/datasets/tf_dataset.py`).
+VTAB = Protocol('vtab', 'none', *IMAGENET)
+#: VPT's FGVC pipeline: 256, crop 224, flip (KMnP/vpt, `src/data/transforms.py`).
+FGVC = Protocol('fgvc', 'fgvc', *IMAGENET)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +58,9 @@ class Preprocess:
       resize: `'vtab'`: straight to size x size by `legacy_bilinear`, aspect ratio lost, as VPT's VTAB-1k pipeline does
         (KMnP/vpt, `src/data/datasets/tf_dataset.py`). `'fgvc'`: the smaller edge to `resize_edge`, PIL bilinear; the
         decoded images are ragged and a size x size crop is taken at each view (KMnP/vpt, `src/data/transforms.py`).
-        `'bicubic'`: straight to size x size with PIL's antialiased bicubic filter.
+        `'bicubic'`, `'bilinear'`: straight to size x size with PIL's antialiased filters, the modern choice.
+        `'crop_bicubic'`, `'crop_bilinear'`: the shorter edge to `size` with these, then the centre: CLIP's and SPT's
+        (arXiv 2402.02382) transform, and that of PGN's evaluation (arXiv 2210.06466).
       augment: `'none'`; `'flip'`: horizontal flip with probability 0.5; `'fgvc'`: random crop of the resized image and
         flip, only with `resize='fgvc'`; `'pretrain'`: nothing here, `vpt_jax.data.augment.pretrain` on the device.
       mean: what is subtracted from each channel, on the [0, 1] scale.
@@ -103,15 +125,14 @@ class Preprocess:
         rgb = to_rgb(image)
         height, width = rgb.shape[:2]
         if self.resize == 'fgvc':
-            edge = self.resize_edge
-            # torchvision's Resize: the longer edge is cut, not rounded.
-            target = (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
-            return _pil_resize(rgb, target, Image.Resampling.BILINEAR)
+            return _pil_resize(rgb, _shorter_edge(width, height, self.resize_edge), Image.Resampling.BILINEAR)
         if (height, width) == (self.size, self.size):
             return rgb
-        if self.resize == 'bicubic':
-            return _pil_resize(rgb, (self.size, self.size), Image.Resampling.BICUBIC)
-        return np.rint(legacy_bilinear(rgb, self.size)).astype(np.uint8)
+        if self.resize == 'vtab':
+            return np.rint(legacy_bilinear(rgb, self.size)).astype(np.uint8)
+        kind, _, name = self.resize.rpartition('_')
+        target = _shorter_edge(width, height, self.size) if kind == 'crop' else (self.size, self.size)
+        return np.ascontiguousarray(_centre(_pil_resize(rgb, target, _FILTERS[name]), self.size))
 
     def train_view(self, decoded: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """One training view of a decoded image: the host's part of the augmentation.
@@ -143,12 +164,7 @@ class Preprocess:
         Returns:
           uint8 [size, size, 3], possibly a view of `decoded`: do not write to it.
         """
-        if self.fixed_size:
-            return decoded
-        height, width = decoded.shape[:2]
-        # torchvision's CenterCrop: halves go to the even side, as Python's round does.
-        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        return decoded[top : top + self.size, left : left + self.size]
+        return _centre(decoded, self.size)
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON types from which `from_dict` makes an equal object."""
@@ -256,6 +272,18 @@ def _legacy_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.n
     lower = np.floor(coordinate)
     low = np.minimum(lower.astype(np.int64), source - 1)
     return low, np.minimum(low + 1, source - 1), coordinate - lower
+
+
+def _shorter_edge(width: int, height: int, edge: int) -> tuple[int, int]:
+    """Width and height with the shorter one `edge`; the longer is cut, not rounded, as torchvision's Resize does."""
+    return (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
+
+
+def _centre(image: np.ndarray, size: int) -> np.ndarray:
+    """The size x size centre of [H, W, C], H and W >= size."""
+    # torchvision's CenterCrop: halves go to the even side, as Python's round does.
+    top, left = (round((edge - size) / 2) for edge in image.shape[:2])
+    return image[top : top + size, left : left + size]
 
 
 def _pil_resize(rgb: np.ndarray, width_height: tuple[int, int], resample: Image.Resampling) -> np.ndarray:

@@ -6,20 +6,25 @@ from typing import Any
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods.adapter import Adapter
 from vpt_jax.methods.base import Context, Method, Stack, forward
+from vpt_jax.methods.condense import Condensed
+from vpt_jax.methods.cvpt import CVPT
 from vpt_jax.methods.finetune import Bias, ClsToken, Full, Partial
 from vpt_jax.methods.head import Linear, MLPHead
+from vpt_jax.methods.spt import SPT
 from vpt_jax.methods.vapt import VAPT
 from vpt_jax.methods.vpt import VPT
 from vpt_jax.methods.vpt_locations import VPTAdd, VPTBelow, VPTPad, VPTPixels
+from vpt_jax.methods.vptm import VPTM
 
 METHODS: dict[str, type[Method]] = {
     m.name: m
-    for m in (VPT, VPTAdd, VPTPixels, VPTPad, VPTBelow, VAPT, Linear, MLPHead, Full, Partial, Bias, ClsToken, Adapter)
-}
+    for m in (VPT, VPTAdd, VPTPixels, VPTPad, VPTBelow, VAPT, VPTM, SPT, CVPT, Condensed, Linear, MLPHead, Full,
+              Partial, Bias, ClsToken, Adapter)
+}  # fmt: skip
 
-__all__ = ['METHODS', 'VAPT', 'VPT', 'Adapter', 'Bias', 'ClsToken', 'Context', 'Full', 'Linear', 'MLPHead', 'Method',
-           'Partial', 'Stack', 'VPTAdd', 'VPTBelow', 'VPTPad', 'VPTPixels', 'build', 'describe', 'forward',
-           'rebuild', 'with_head']  # fmt: skip
+__all__ = ['CVPT', 'METHODS', 'SPT', 'VAPT', 'VPT', 'VPTM', 'Adapter', 'Bias', 'ClsToken', 'Condensed', 'Context',
+           'Full', 'Linear', 'MLPHead', 'Method', 'Partial', 'Stack', 'VPTAdd', 'VPTBelow', 'VPTPad', 'VPTPixels',
+           'build', 'describe', 'forward', 'rebuild', 'with_head']  # fmt: skip
 
 
 def build(name: str, **settings: Any) -> Method:
@@ -41,6 +46,8 @@ def build(name: str, **settings: Any) -> Method:
     if name not in METHODS:
         raise unknown('method', name, METHODS)
     known = {f.name: f for f in dataclasses.fields(METHODS[name])}
+    # JSON has no tuples.
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     for key, value in settings.items():
         if key not in known:
             raise unknown(f'setting of method {name!r}', key, known)

@@ -43,8 +43,13 @@ class Adapter(Method):
             raise unknown('adapter initialisation', self.adapter_init, ('up-zero', 'zero'))
 
     def check(self, model: Any) -> None:
-        """Refuses a reduction that leaves no hidden unit."""
+        """Refuses a reduction that leaves no hidden unit, and backbones whose blocks differ in width."""
         super().check(model)
+        if 'tokens' not in model.places:
+            raise UsageError(
+                f'method adapter needs transformer blocks of one width, which {type(model).__name__} does not have; '
+                'choose another method or backbone'
+            )
         if self.reduction > model.width:
             raise UsageError(
                 f'method adapter: reduction={self.reduction} leaves no hidden unit at width {model.width}; '

@@ -17,8 +17,7 @@ from vpt_jax.models.places import Context, Places
 
 PyTree = Any
 
-PLACES = {'weights': 'weights', 'pixels': 'pixels', 'tokens': 'tokens', 'layer': 'layer', 'readout': 'logits',
-          'logits': 'logits'}  # fmt: skip
+PLACES = ('weights', 'pixels', 'tokens', 'layer', 'readout', 'logits')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +52,77 @@ class Method(Places):
         """
         return {}
 
-    def init_state(self, model: Any) -> PyTree:
-        """What is carried from step to step without being trained (running statistics); a nested dict."""
+    def init_from(self, key: jax.Array, model: Any, params: PyTree, prompts: PyTree, images: Any) -> PyTree:
+        """Redraws the prompts from what the frozen network makes of training images; most methods never look.
+
+        Training calls this once, before the first step of a run that starts from drawn prompts.
+
+        Args:
+          key, model, params: as in `init`.
+          prompts: what `init` drew.
+          images: training images as the network takes them: anything that, like an array [M, H, W, 3], has a length
+            and gives float [n, H, W, 3] for n indices.
+
+        Returns:
+          A pytree like `prompts`.
+        """
+        return prompts
+
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether `init_from` does something."""
+        return type(self).init_from is not Method.init_from
+
+    def init_state(self, model: Any, num_classes: int = 0, key: jax.Array | None = None) -> PyTree:
+        """What is carried from step to step without being trained (running statistics, a mapping of labels).
+
+        Args:
+          model: as in `init`.
+          num_classes: C, for states that depend on it.
+          key: a jax random key, for states that are drawn.
+
+        Returns:
+          A nested dict of arrays; {} for most methods.
+        """
         return {}
+
+    def observes(self, epoch: int) -> bool:
+        """Whether this method wants a look at all training images before an epoch, counted from 0."""
+        return False
+
+    def observe(self, prompts: PyTree, features: jax.Array, labels: jax.Array, ctx: Context) -> PyTree:
+        """What a batch of training images tells, in evaluation mode with the prompts of the moment.
+
+        Args:
+          prompts: the method's pytree.
+          features: what `logits` would get.
+          labels: int32 [B].
+          ctx: this forward pass's; `ctx.weight` is 0 for padding.
+
+        Returns:
+          A pytree of arrays, of which training takes the sum over all batches.
+        """
+        return {}
+
+    def conclude(self, epoch: int, state: PyTree, sums: PyTree) -> PyTree:
+        """The state from this epoch on, a pytree like `state`, from the sums over what `observe` returned."""
+        return state
+
+    def input_size(self, model: Any) -> int:
+        """Side in pixels of the images that `pixels` gets; what it gives is for the network to take."""
+        return model.image_size
+
+    @property
+    def needs_classifier(self) -> bool:
+        """Whether the network must keep the classifier that it came with (`Network.classes`)."""
+        return False
+
+    def first_block(self, model: Any) -> int:
+        """The first block that this method touches; what enters it depends on the image and the frozen weights alone.
+
+        0 where weights, pixels or tokens change, `model.depth` where nothing before the readout does.
+        """
+        return 0 if any(self.changes(place) for place in ('weights', 'pixels', 'tokens', 'layer')) else model.depth
 
     def changes(self, place: str) -> bool:
         """Whether this method does something at `place` ('weights', 'pixels', 'tokens', 'layer', ...)."""
@@ -67,8 +134,8 @@ class Method(Places):
         Raises:
           UsageError: with the method, the place and the backbone's type named.
         """
-        for function, place in PLACES.items():
-            if self.changes(function) and place not in model.places:
+        for place in PLACES:
+            if self.changes(place) and place not in model.places:
                 raise UsageError(
                     f'method {self.name!r} changes the {place!r} of a network, which {type(model).__name__} does not '
                     f'offer (it offers: {", ".join(sorted(model.places))}); choose another method or backbone'
@@ -136,10 +203,50 @@ class Stack(Method):
         keys = jax.random.split(key, len(self.methods))
         return {m.name: m.init(k, model, params, num_classes) for m, k in zip(self.methods, keys, strict=True)}
 
-    def init_state(self, model: Any) -> PyTree:
+    def init_from(self, key: jax.Array, model: Any, params: PyTree, prompts: PyTree, images: Any) -> PyTree:
+        """Each member's prompts from the images."""
+        keys = jax.random.split(key, len(self.methods))
+        members = zip(self.methods, keys, strict=True)
+        return {m.name: m.init_from(k, model, params, prompts[m.name], images) for m, k in members}
+
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether a member looks at them."""
+        return any(m.looks_at_images for m in self.methods)
+
+    def init_state(self, model: Any, num_classes: int = 0, key: jax.Array | None = None) -> PyTree:
         """The members' states under their names; members without one are left out."""
-        states = {m.name: m.init_state(model) for m in self.methods}
+        keys = [None] * len(self.methods) if key is None else jax.random.split(key, len(self.methods))
+        states = {m.name: m.init_state(model, num_classes, k) for m, k in zip(self.methods, keys, strict=True)}
         return {name: state for name, state in states.items() if state}
+
+    def observes(self, epoch: int) -> bool:
+        """Whether a member does."""
+        return any(m.observes(epoch) for m in self.methods)
+
+    def observe(self, prompts: PyTree, features: jax.Array, labels: jax.Array, ctx: Context) -> PyTree:
+        """What the batch tells each member, under its name."""
+        return {m.name: m.observe(prompts[m.name], features, labels, ctx.scoped(m.name)) for m in self.methods}
+
+    def conclude(self, epoch: int, state: PyTree, sums: PyTree) -> PyTree:
+        """The states of those members that look before this epoch; the others keep theirs."""
+        new = {m.name: m.conclude(epoch, state.get(m.name, {}), sums[m.name]) for m in self.methods
+               if m.observes(epoch)}  # fmt: skip
+        return {**state, **new}
+
+    def input_size(self, model: Any) -> int:
+        """What the first member takes that asks for another size than the network's."""
+        sizes = (m.input_size(model) for m in self.methods)
+        return next((size for size in sizes if size != model.image_size), model.image_size)
+
+    @property
+    def needs_classifier(self) -> bool:
+        """Whether a member needs it."""
+        return any(m.needs_classifier for m in self.methods)
+
+    def first_block(self, model: Any) -> int:
+        """The first that any member touches."""
+        return min((m.first_block(model) for m in self.methods), default=model.depth)
 
     def weights(self, prompts: PyTree, params: PyTree) -> PyTree:
         """Each member's weights in turn."""
@@ -194,9 +301,28 @@ def overlay(tree: PyTree, part: PyTree) -> PyTree:
     return {**tree, **{k: overlay(tree.get(k, {}), v) for k, v in part.items() if jax.tree.leaves(v)}}
 
 
+def features(model: Any, method: Method, params: PyTree, prompts: PyTree, images: jax.Array, *,
+             state: PyTree = None, train: bool = False, key: jax.Array | None = None,
+             weight: jax.Array | None = None, pixels: Any = None) -> tuple[jax.Array, Context]:  # fmt: skip
+    """The prompted network without the method's head; arguments are those of `forward`.
+
+    Returns:
+      (features [B, D], the forward pass's context).
+    """
+    ctx = Context(train=train, key=key, state=state, weight=weight, pixels=pixels)
+    if method.changes('weights'):
+        params = model.stored(method.weights(prompts, model.canonical(params)))
+    images = method.pixels(prompts, images, ctx)
+    rngs = {}
+    if train and method.backbone_dropout:
+        model = model.with_dropout(method.backbone_dropout)
+        rngs = {'dropout': ctx.rng('backbone')}
+    return model.apply({'params': params}, images, method, prompts, ctx, rngs=rngs), ctx
+
+
 def forward(model: Any, method: Method, params: PyTree, prompts: PyTree, images: jax.Array, *,
             state: PyTree = None, train: bool = False, key: jax.Array | None = None,
-            weight: jax.Array | None = None) -> tuple[jax.Array, PyTree]:  # fmt: skip
+            weight: jax.Array | None = None, pixels: Any = None) -> tuple[jax.Array, PyTree]:  # fmt: skip
     """The prompted network, from images to class scores.
 
     Args:
@@ -204,23 +330,17 @@ def forward(model: Any, method: Method, params: PyTree, prompts: PyTree, images:
       method: the method, with a head in it if class scores are wanted (features are returned otherwise).
       params: the frozen weights, as the module stores them.
       prompts: the method's pytree; differentiate with respect to this and nothing else.
-      images: [B, H, W, 3] float, normalised as the backbone expects.
+      images: [B, H, W, 3] float, normalised as the backbone expects; H and W are the method's `input_size`.
       state: the method's state (`Method.init_state`).
       train: draws dropout and uses batch statistics where the method has them.
       key: random key, needed in training if the method draws random numbers.
       weight: [B] float or None; 0 marks padding examples.
+      pixels: (mean, std) of three numbers each, by which images in [0, 1] were normalised; needed by methods whose
+        prompts are pixels in [0, 1].
 
     Returns:
       (scores [B, C], new state).
     """
-    state = state or {}
-    ctx = Context(train=train, key=key, state=state, weight=weight)
-    if method.changes('weights'):
-        params = model.stored(method.weights(prompts, model.canonical(params)))
-    images = method.pixels(prompts, images, ctx)
-    rngs = {}
-    if train and method.backbone_dropout:
-        model = model.clone(dropout=method.backbone_dropout)
-        rngs = {'dropout': ctx.rng('backbone')}
-    features = model.apply({'params': params}, images, method, prompts, ctx, rngs=rngs)
-    return method.logits(prompts, features, ctx), overlay(state, ctx.updates)
+    found, ctx = features(model, method, params, prompts, images, state=state, train=train, key=key, weight=weight,
+                          pixels=pixels)  # fmt: skip
+    return method.logits(prompts, found, ctx), overlay(state or {}, ctx.updates)

@@ -24,8 +24,8 @@ class _TrainedWeights(Method):
         raise NotImplementedError
 
     def init(self, key: jax.Array, model: Any, params: PyTree, num_classes: int) -> PyTree:
-        """A copy of the selected weights, in float32."""
-        flat = flatten_dict(params)
+        """A copy of the selected weights, in float32; the stored statistics of BatchNorm are none to train."""
+        flat = {path: a for path, a in flatten_dict(params).items() if path[-1] not in ('mean', 'var')}
         return unflatten_dict({p: jnp.array(a, jnp.float32) for p, a in flat.items() if self.selects(p, model)})
 
     def weights(self, prompts: PyTree, params: PyTree) -> PyTree:
@@ -73,8 +73,13 @@ class Partial(_TrainedWeights):
             raise UsageError(f'partial fine-tuning trains at least 1 block, got blocks={self.blocks}')
 
     def check(self, model: Any) -> None:
-        """Refuses more blocks than the backbone has."""
+        """Refuses more blocks than the backbone has, and backbones whose blocks it does not know by name."""
         super().check(model)
+        if 'tokens' not in model.places:
+            raise UsageError(
+                f'method partial trains the last blocks of transformers over tokens, which {type(model).__name__} is '
+                'not; choose another method or backbone'
+            )
         if self.blocks > model.depth:
             raise UsageError(f'method partial: blocks={self.blocks}, but the backbone has {model.depth} blocks')
 
@@ -109,7 +114,7 @@ class ClsToken(_TrainedWeights):
     def check(self, model: Any) -> None:
         """Refuses a backbone without a CLS token."""
         super().check(model)
-        if not model.cls_token:
+        if not getattr(model, 'cls_token', False):
             raise UsageError('method cls trains the CLS token, but this backbone has none')
 
     def selects(self, path: tuple[str, ...], model: Any) -> bool:

@@ -91,7 +91,7 @@ class MLPHead(Method):
         last = jax.random.fold_in(key, self.layers)
         return prompts | {'last_layer': _last_layer(last, width, num_classes)}
 
-    def init_state(self, model: Any) -> PyTree:
+    def init_state(self, model: Any, num_classes: int = 0, key: jax.Array | None = None) -> PyTree:
         """Running mean 0 and variance 1 per hidden layer."""
         width = model.feature_width
         return {f'norm_{i}': {'mean': jnp.zeros(width), 'var': jnp.ones(width)} for i in range(self.layers - 1)}

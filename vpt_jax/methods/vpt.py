@@ -91,7 +91,7 @@ class VPT(Method):
         for setting in ('project', 'deep_layers', 'last_layers_overwriting_patches'):
             value = getattr(self, setting)
             if value is not None and value < 1:
-                raise UsageError(f'method vpt: {setting} must be >= 1 or None, got {value}')
+                raise UsageError(f'method {self.name}: {setting} must be >= 1 or None, got {value}')
         deep_only = {
             'deep_layers': self.deep_layers,
             'shared': self.shared,
@@ -99,13 +99,15 @@ class VPT(Method):
         }
         for setting, value in deep_only.items():
             if value and not self.deep:
-                raise UsageError(f'method vpt: {setting}={value} needs deep=True')
+                raise UsageError(f'method {self.name}: {setting}={value} needs deep=True')
         if self.drop_after and self.deep_layers is None:
-            raise UsageError('method vpt: drop_after=True needs deep_layers')
+            raise UsageError(f'method {self.name}: drop_after=True needs deep_layers')
         if self.drop_after and self.pool == 'prompt_pool':
-            raise UsageError("method vpt: pool='prompt_pool' needs prompts at the end, but drop_after=True drops them")
+            raise UsageError(
+                f"method {self.name}: pool='prompt_pool' needs prompts at the end, but drop_after=True drops them"
+            )
         if self.last_layers_overwriting_patches and (self.deep_layers or self.shared):
-            raise UsageError('method vpt: last_layers_overwriting_patches excludes deep_layers and shared')
+            raise UsageError(f'method {self.name}: last_layers_overwriting_patches excludes deep_layers and shared')
 
     def check(self, model: Any) -> None:
         """Refuses more prompted blocks than the backbone has."""
@@ -113,7 +115,7 @@ class VPT(Method):
         for setting in ('deep_layers', 'last_layers_overwriting_patches'):
             if (getattr(self, setting) or 0) > model.depth:
                 raise UsageError(
-                    f'method vpt: {setting}={getattr(self, setting)}, but the backbone has {model.depth} blocks'
+                    f'method {self.name}: {setting}={getattr(self, setting)}, but the backbone has {model.depth} blocks'
                 )
 
     def init(self, key: jax.Array, model: Any, params: PyTree, num_classes: int) -> PyTree:
@@ -134,6 +136,11 @@ class VPT(Method):
             }
         return prompts
 
+    def rows(self, prompts: PyTree, i: int | jax.Array) -> jax.Array:
+        """The prompts [P, D or q] of block i, as they are stored; `i` is 0, or >= 1 and perhaps traced."""
+        first = self.shared or (isinstance(i, int) and i == 0)
+        return prompts['prompts'] if first else prompts['deep'][i - 1]
+
     def expand(self, prompts: PyTree, rows: jax.Array, batch: int, i: int | jax.Array, ctx: Context) -> jax.Array:
         """Prompts [P, D or q] of block i as the tokens [B, P, D] that enter it."""
         if self.project:
@@ -145,7 +152,7 @@ class VPT(Method):
         """Inserts the first prompts."""
         if self.last_layers_overwriting_patches:
             return x
-        return ctx.insert(x, self.expand(prompts, prompts['prompts'], x.shape[0], 0, ctx))
+        return ctx.insert(x, self.expand(prompts, self.rows(prompts, 0), x.shape[0], 0, ctx))
 
     def layer(self, prompts: PyTree, block: Callable, x: jax.Array, i: int | jax.Array, ctx: Context) -> jax.Array:
         """Replaces the prompts before a deep block."""
@@ -159,8 +166,7 @@ class VPT(Method):
         elif self.deep:
             layers = self.deep_layers or depth
             if 0 < ctx.start < layers:
-                rows = prompts['prompts'] if self.shared else prompts['deep'][i - 1]
-                x = ctx.replace(x, self.expand(prompts, rows, x.shape[0], i, ctx))
+                x = ctx.replace(x, self.expand(prompts, self.rows(prompts, i), x.shape[0], i, ctx))
             elif self.drop_after and ctx.start == layers:
                 x = ctx.replace(x, None)
         return block(x)

@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree, overlay
 from vpt_jax.methods.vpt import check_dropout, check_num_tokens, uniform_prompts
+from vpt_jax.models import batch_statistics
 from vpt_jax.models.places import Context
 
 # ImageNet's pixel statistics, which the reference applies to prompts that are drawn as images.
@@ -57,10 +59,7 @@ class VPTAdd(Method):
         return prompts
 
     def _add(self, x: jax.Array, rows: jax.Array, i: int | jax.Array, ctx: Context) -> jax.Array:
-        extra = 0 if self.single else x.shape[1] - rows.shape[0]
-        if extra:  # tokens that other methods of a stack put behind the prefix
-            between = jnp.zeros((extra, rows.shape[1]), rows.dtype)
-            rows = jnp.concatenate([rows[: ctx.prefix], between, rows[ctx.prefix :]])
+        rows = rows if self.single else ctx.beside_own(rows, x)
         rows = ctx.dropout(jnp.broadcast_to(rows, (x.shape[0], *rows.shape)), self.dropout, 'prompts', i)
         return x + rows.astype(x.dtype)
 
@@ -124,19 +123,24 @@ class VPTPixels(Method):
 class VPTPad(Method):
     """A learned frame around the image, which grows from S to S + 2n pixels; positions are resampled to the new grid.
 
-    Prompts: `top_bottom` [2n, S + 2n, 3], `left_right` [S, 2n, 3], pixels that are normalised with ImageNet's
-    statistics at use.
+    Prompts: `top_bottom` [2n, S + 2n, 3], `left_right` [S, 2n, 3].
 
     Attributes:
-      num_pixels: n, the width of the frame (the original's NUM_TOKENS). S + 2n must be a multiple of the patch side.
+      num_pixels: n, the width of the frame (the original's NUM_TOKENS). In a ViT, S + 2n must be a multiple of the
+        patch side.
+      pixel_init: 'imagenet' (U(0, 1), and ImageNet normalisation at every use) or 'gaussian' (N(0, 1), used as it is;
+        published for ConvNets only).
     """
 
     name: ClassVar[str] = 'vpt_pad'
     num_pixels: int = 8
+    pixel_init: str = 'imagenet'
 
     def __post_init__(self):
         if self.num_pixels < 1:
             raise UsageError(f'method vpt_pad: num_pixels must be >= 1, got {self.num_pixels}')
+        if self.pixel_init not in ('imagenet', 'gaussian'):
+            raise unknown('pixel initialisation', self.pixel_init, ('imagenet', 'gaussian'))
 
     def check(self, model: Any) -> None:
         """Refuses a frame that does not fit the patch grid."""
@@ -149,19 +153,18 @@ class VPTPad(Method):
             )
 
     def init(self, key: jax.Array, model: Any, params: PyTree, num_classes: int) -> PyTree:
-        """Draws the frame from U(0, 1)."""
+        """Draws the frame."""
         k1, k2 = jax.random.split(key)
         size, n = model.image_size, self.num_pixels
-        return {
-            'top_bottom': jax.random.uniform(k1, (2 * n, size + 2 * n, 3)),
-            'left_right': jax.random.uniform(k2, (size, 2 * n, 3)),
-        }
+        draw = jax.random.uniform if self.pixel_init == 'imagenet' else jax.random.normal
+        return {'top_bottom': draw(k1, (2 * n, size + 2 * n, 3)), 'left_right': draw(k2, (size, 2 * n, 3))}
 
     def pixels(self, prompts: PyTree, images: jax.Array, ctx: Context) -> jax.Array:
         """Joins the sides first, then top and bottom."""
         n, batch = self.num_pixels, images.shape[0]
+        norm = _imagenet if self.pixel_init == 'imagenet' else jnp.asarray
         sides, ends = (
-            jnp.broadcast_to(_imagenet(prompts[k]).astype(images.dtype), (batch, *prompts[k].shape))
+            jnp.broadcast_to(norm(prompts[k]).astype(images.dtype), (batch, *prompts[k].shape))
             for k in ('left_right', 'top_bottom')
         )
         images = jnp.concatenate([sides[:, :, :n], images, sides[:, :, n:]], axis=2)
@@ -170,41 +173,74 @@ class VPTPad(Method):
 
 @dataclasses.dataclass(frozen=True)
 class VPTBelow(Method):
-    """Learned input channels below RGB; the whole patch convolution is trained with them (not parameter-efficient).
+    """Learned input channels below RGB; the first layers are trained with them (not parameter-efficient).
 
-    Prompts: `channels` [S, S, P], `embedding/{kernel [p, p, 3 + P, D], bias [D]}`, its first three input slices copied
-    from the backbone.
+    These are the whole patch convolution of a ViT, the first convolution and its norm of a ResNet. Such a BatchNorm
+    runs in train mode, as published: on the batch in training, on running statistics otherwise.
+
+    Prompts: `channels` [S, S, P]; the first layers (`Network.first_layers`), `embedding/{kernel [p, p, 3 + P, D],
+    bias [D]}` say, the kernel's first three input slices copied from the backbone.
 
     Attributes:
       num_channels: P (the original's NUM_TOKENS).
+      pixel_init: 'uniform' (published for ViTs: channels and new slices from VPT's U(-v, v)), 'imagenet' (for ResNets:
+        U(0, 1), and normalisation by the mean of ImageNet's channels at every use) or 'gaussian' (likewise: N(0, 1),
+        used as it is). The latter two draw the slices Xavier-uniformly.
     """
 
     name: ClassVar[str] = 'vpt_below'
     num_channels: int = 1
+    pixel_init: str = 'uniform'
 
     def __post_init__(self):
         if self.num_channels < 1:
             raise UsageError(f'method vpt_below: num_channels must be >= 1, got {self.num_channels}')
+        if self.pixel_init not in ('uniform', 'imagenet', 'gaussian'):
+            raise unknown('pixel initialisation', self.pixel_init, ('uniform', 'imagenet', 'gaussian'))
+
+    def check(self, model: Any) -> None:
+        """Refuses a backbone whose first convolution is not to be widened."""
+        super().check(model)
+        if not model.first_layers:
+            raise UsageError(f'method vpt_below widens the first convolution, which {type(model).__name__} does not '
+                             'offer; choose another method or backbone')  # fmt: skip
 
     def init(self, key: jax.Array, model: Any, params: PyTree, num_classes: int) -> PyTree:
-        """Draws the channels and the new slices of the kernel (Xavier uniform over the whole kernel)."""
+        """Draws the channels and the new slices of the kernel."""
         k1, k2 = jax.random.split(key)
-        side, size, width, count = model.patch_size, model.image_size, model.width, self.num_channels
-        embedding = params['embedding']
-        bound = math.sqrt(6.0 / ((3 + count) * side**2 + width))
-        new = jax.random.uniform(k2, (side, side, count, width), minval=-bound, maxval=bound)
-        kernel = jnp.concatenate([jnp.asarray(embedding['kernel'], jnp.float32), new], axis=2)
+        size, count = model.image_size, self.num_channels
+        params = flatten_dict(params, sep='/')
+        # What a norm has counted is not trained.
+        names = [f'{layer}/{leaf}' for layer in model.first_layers for leaf in ('kernel', 'bias', 'scale')]
+        layers = {name: jnp.array(params[name], jnp.float32) for name in names if name in params}
+        first = f'{model.first_layers[0]}/kernel'
+        side, _, _, width = layers[first].shape
         bound = math.sqrt(6.0 / (3 * side**2 + width))
-        return {
-            'channels': jax.random.uniform(k1, (size, size, count), minval=-bound, maxval=bound),
-            'embedding': {'kernel': kernel, 'bias': jnp.array(embedding['bias'], jnp.float32)},
-        }
+        new = (side, side, count, width)
+        if self.pixel_init == 'uniform':
+            channels = jax.random.uniform(k1, (size, size, count), minval=-bound, maxval=bound)
+        else:
+            draw = jax.random.uniform if self.pixel_init == 'imagenet' else jax.random.normal
+            channels = draw(k1, (size, size, count))
+            bound = math.sqrt(6.0 / ((3 + count + width) * side**2))
+        new = jax.random.uniform(k2, new, minval=-bound, maxval=bound)
+        layers[first] = jnp.concatenate([layers[first], new], axis=2)
+        return {'channels': channels, **unflatten_dict(layers, sep='/')}
+
+    def init_state(self, model: Any, num_classes: int = 0, key: jax.Array | None = None) -> PyTree:
+        """Running statistics of the first layers' BatchNorm, if there is one."""
+        return batch_statistics.initial(model, model.first_layers)
 
     def pixels(self, prompts: PyTree, images: jax.Array, ctx: Context) -> jax.Array:
         """Appends the channels."""
-        channels = prompts['channels'].astype(images.dtype)
+        if ctx.state:
+            batch_statistics.track(ctx)
+        channels = prompts['channels']
+        if self.pixel_init == 'imagenet':
+            channels = (channels - sum(MEAN) / 3) / (sum(STD) / 3)
+        channels = channels.astype(images.dtype)
         return jnp.concatenate([images, jnp.broadcast_to(channels, (images.shape[0], *channels.shape))], axis=3)
 
     def weights(self, prompts: PyTree, params: PyTree) -> PyTree:
-        """The backbone with the wider patch convolution."""
-        return overlay({k: v for k, v in params.items() if k != 'embedding'}, {'embedding': prompts['embedding']})
+        """The backbone with the wider convolution."""
+        return overlay(params, {name: tree for name, tree in prompts.items() if name != 'channels'})

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vpt_jax.errors import UsageError
+
 PyTree = Any
 
 
@@ -27,9 +29,12 @@ class Context:
     Attributes:
       train: True in a training step; dropout and batch statistics depend on it.
       weight: [B] float or None; 0 marks the padding examples of a last, partial batch.
+      pixels: (mean, std) by which images in [0, 1] were normalised, None where the caller did not say.
       state: what the method carries from step to step without training it (running statistics); a dict.
       updates: where the method writes the next `state`; what it leaves out stays as it was.
       memo: values that the method computes at one place and needs at a later one.
+      statistics: BatchNorms whose statistics a method exchanges, by name: a function (x [B, H, W, C], mean, var) to
+        the (mean, var) to use, entered in `pixels` (`batch_statistics.track`).
       model: the bound backbone, so that a method can call its parts (`model.patches(images)`).
       images: [B, H, W, C] the network's input after `pixels`.
       prefix: number of tokens before the patches that belong to the backbone (CLS, distillation, registers).
@@ -39,12 +44,15 @@ class Context:
         look up by the index.
     """
 
-    def __init__(self, *, train: bool = False, key: jax.Array | None = None, state: PyTree = None, weight=None):
+    def __init__(self, *, train: bool = False, key: jax.Array | None = None, state: PyTree = None, weight=None,
+                 pixels=None):  # fmt: skip
         self.train = train
         self.weight = weight
+        self.pixels = pixels
         self.state = state or {}
         self.updates: dict = {}
         self.memo: dict = {}
+        self.statistics: dict[str, Callable] = {}
         self.model = None
         self.images = None
         self.prefix = 0
@@ -72,9 +80,9 @@ class Context:
             key = jax.random.fold_in(key, zlib.crc32(tag.encode()) if isinstance(tag, str) else tag)
         return key
 
-    def dropout(self, x: jax.Array, rate: float, *tags, shared: tuple[int, ...] = ()) -> jax.Array:
-        """Inverted dropout of `x` in training; the axes in `shared` are dropped as a whole."""
-        if not self.train or rate == 0.0:
+    def dropout(self, x: jax.Array, rate: float | jax.Array, *tags, shared: tuple[int, ...] = ()) -> jax.Array:
+        """Inverted dropout of `x` in training; the axes in `shared` are dropped as a whole. `rate` may be traced."""
+        if not self.train or (isinstance(rate, float) and rate == 0.0):
             return x
         shape = tuple(1 if axis in shared else size for axis, size in enumerate(x.shape))
         keep = jax.random.bernoulli(self.rng(*tags), 1.0 - rate, shape)
@@ -94,7 +102,8 @@ class Context:
         grown = (0 if prompts is None else prompts.shape[1]) - count
         if grown:
             for scope, (other, size) in self._spans.items():
-                self._spans[scope] = (other + grown if other > start else other, size)
+                behind = other > start or (other == start and not count)
+                self._spans[scope] = (other + grown if behind else other, size)
             self._spans[self._scope] = (start, count + grown)
         middle = [] if prompts is None else [prompts.astype(x.dtype)]
         return jnp.concatenate([x[:, :start], *middle, x[:, start + count :]], axis=1)
@@ -107,6 +116,22 @@ class Context:
         """The method's own tokens in `x`: [B, P, D]."""
         start, count = self._spans[self._scope]
         return x[:, start : start + count]
+
+    def beside_own(self, rows: jax.Array, x: jax.Array) -> jax.Array:
+        """Rows for the backbone's own tokens, [prefix + N, D], as rows for all tokens of `x` [B, T, D]: [T, D].
+
+        Tokens that methods inserted get zeros.
+
+        Raises:
+          UsageError: rows for another number of patches than the images have.
+        """
+        if rows.shape[0] != self.prefix + self.num_patches:
+            raise UsageError(
+                f'prompts for {rows.shape[0]} tokens do not fit images of {self.prefix + self.num_patches}: they belong '
+                'to one image size and cannot be combined with a method that makes the images larger'
+            )
+        between = jnp.zeros((x.shape[1] - rows.shape[0], rows.shape[1]), rows.dtype)
+        return jnp.concatenate([rows[: self.prefix], between, rows[self.prefix :]])
 
     def patches(self, x: jax.Array) -> jax.Array:
         """The patch tokens of `x`: [B, N, D], row-major over the grid."""
@@ -129,7 +154,7 @@ class Places:
         return images
 
     def tokens(self, prompts: PyTree, x: jax.Array, ctx: Context) -> jax.Array:
-        """Place 3: the sequence that enters block 0, from [B, prefix + N, D] with positions added."""
+        """Place 3: the sequence, from [B, prefix + N, D] with positions added; CLIP's pre-norm comes after it."""
         return x
 
     def layer(self, prompts: PyTree, block: Callable, x: jax.Array, i: int | jax.Array, ctx: Context) -> jax.Array:

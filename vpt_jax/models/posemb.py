@@ -67,29 +67,34 @@ def _keys(x: np.ndarray, a: float) -> np.ndarray:
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
-def resample(pos: jax.Array, grid: tuple[int, int], prefix: int, rule: str) -> jax.Array:
+def resample(
+    pos: jax.Array, grid: tuple[int, int], prefix: int, rule: str, old: tuple[int, int] | None = None
+) -> jax.Array:
     """Resamples a learned position embedding to another grid; the prefix entries are kept.
 
     Args:
-      pos: [1, prefix + g * g, D] with a square grid.
+      pos: [1, prefix + old rows * old columns, D].
       grid: (rows, columns) wanted.
       prefix: entries that belong to CLS and the like.
       rule: a name of `RULES`.
+      old: (rows, columns) of `pos`; square if None.
 
     Returns:
       [1, prefix + rows * columns, D].
 
     Raises:
-      UsageError: the grid of `pos` is not square, or the rule is unknown.
+      UsageError: the grid of `pos` is neither `old` nor square, or the rule is unknown.
     """
     count = pos.shape[1] - prefix
-    side = round(count**0.5)
-    if side * side != count:
-        raise UsageError(f'cannot resample a position embedding of {count} patches: it is not a square grid')
-    if (side, side) == tuple(grid):
+    if old is None or old[0] * old[1] != count:
+        side = round(count**0.5)
+        if side * side != count:
+            raise UsageError(f'cannot resample a position embedding of {count} patches: it is not a square grid')
+        old = (side, side)
+    if tuple(old) == tuple(grid):
         return pos
-    rows, columns = (jnp.asarray(resize_matrix(side, size, rule), pos.dtype) for size in grid)
-    table = pos[0, prefix:].reshape(side, side, -1)
+    rows, columns = (jnp.asarray(resize_matrix(*sizes, rule), pos.dtype) for sizes in zip(old, grid, strict=True))
+    table = pos[0, prefix:].reshape(*old, -1)
     table = jnp.einsum('ra,cb,abd->rcd', rows, columns, table, precision='highest')
     return jnp.concatenate([pos[:, :prefix], table.reshape(1, grid[0] * grid[1], -1)], axis=1)
 

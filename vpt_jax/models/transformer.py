@@ -16,24 +16,32 @@ import jax
 import jax.numpy as jnp
 
 from vpt_jax.models.places import Context, Places
+from vpt_jax.models.relative import RelativeBias
 
 ACTIVATIONS: dict[str, Callable] = {
     'gelu': lambda x: nn.gelu(x, approximate=False),
     'gelu_tanh': lambda x: nn.gelu(x, approximate=True),
     'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
+    'swiglu': nn.silu,
 }
+#: Activations of MLPs with a gate: the activation of one linear layer times another one.
+GATED = ('swiglu',)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention of queries [B, T, H, k] over keys and values [B, S, H, k]; returns [B, T, H, k].
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Softmax attention of queries [B, T, H, k] over keys and values [B or 1, S, H, k]; returns [B, T, H, k].
+
+    `bias` [B or 1, H, T, S] is added to the scaled scores (relative positions, masks).
 
     Accelerators take the platform's fused kernel. XLA's CPU backend has none, and there heads-first operands halve
     the time of the two batched products.
     """
+    k, v = (jnp.broadcast_to(a, (q.shape[0], *a.shape[1:])) for a in (k, v))
     if jax.default_backend() != 'cpu':
-        return jax.nn.dot_product_attention(q, k, v)
+        return jax.nn.dot_product_attention(q, k, v, None if bias is None else bias.astype(q.dtype))
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
     scores = jnp.einsum('bhtd,bhsd->bhts', q * (1.0 / math.sqrt(q.shape[-1])), k)
+    scores = scores if bias is None else scores + bias.astype(scores.dtype)
     return jnp.swapaxes(jnp.einsum('bhts,bhsd->bhtd', nn.softmax(scores), v), 1, 2)
 
 
@@ -58,10 +66,11 @@ def project(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> j
 
 
 class Dense(nn.Module):
-    """`project` with parameters `kernel` [*inputs, *features] and `bias` [*features]."""
+    """`project` with parameters `kernel` [*inputs, *features] and, unless it has none, `bias` [*features]."""
 
     features: tuple[int, ...]
     dtype: Any = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -73,30 +82,47 @@ class Dense(nn.Module):
             return nn.initializers.xavier_uniform()(key, flat).reshape(shape)
 
         kernel = self.param('kernel', init, shape)
-        bias = self.param('bias', nn.initializers.zeros, self.features)
+        bias = self.param('bias', nn.initializers.zeros, self.features) if self.use_bias else None
         return project(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype))
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate query, key and value kernels [D, H, k]."""
+    """Multi-head attention with separate query, key and value kernels [D, H, k].
+
+    Attributes:
+      heads: H.
+      dtype: computation type.
+      biased: which of query, key and value have a bias, by their first letters; `out` always has one.
+      relative: what self-attention adds to its scores by relative position; None for nothing.
+    """
 
     heads: int
     dtype: Any = None
+    biased: str = 'qkv'
+    relative: RelativeBias | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Attends from `x` [B, T, D] to `keys` [B, S, D] (to itself if None); returns [B, T, D]."""
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
+        """Attends from `x` [B, T, D] to `keys` [B or 1, S, D] (itself if None), with `attention`'s bias; [B, T, D]."""
         width = x.shape[-1]
+        if self.relative is not None and keys is None:
+            shape = self.relative.own_shape
+            own = self.param('relative_bias', nn.initializers.zeros, shape) if shape else None
+            by_position = self.relative(x.shape[1], own)
+            bias = by_position if bias is None else bias + by_position
         keys = x if keys is None else keys
         split = (self.heads, width // self.heads)
-        q = Dense(split, self.dtype, name='query')(x)
-        k = Dense(split, self.dtype, name='key')(keys)
-        v = Dense(split, self.dtype, name='value')(keys)
-        return Dense((width,), self.dtype, name='out')(attention(q, k, v))
+        q = Dense(split, self.dtype, 'q' in self.biased, name='query')(x)
+        k = Dense(split, self.dtype, 'k' in self.biased, name='key')(keys)
+        v = Dense(split, self.dtype, 'v' in self.biased, name='value')(keys)
+        return Dense((width,), self.dtype, name='out')(attention(q, k, v, bias))
 
 
 class Mlp(nn.Module):
-    """Dense, activation, Dense; dropout after both if `dropout` > 0."""
+    """Dense, activation, Dense; dropout after both if `dropout` > 0.
+
+    With an activation of `GATED`, act(gate(x)) * Dense_0(x) is what the last layer sees (arXiv 2002.05202).
+    """
 
     hidden: int
     activation: str
@@ -107,8 +133,9 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]."""
         width = x.shape[-1]
-        x = Dense((self.hidden,), self.dtype, name='Dense_0')(x)
-        x = ACTIVATIONS[self.activation](x)
+        act, up = ACTIVATIONS[self.activation], Dense((self.hidden,), self.dtype, name='Dense_0')
+        gate = Dense((self.hidden,), self.dtype, name='gate') if self.activation in GATED else None
+        x = act(gate(x)) * up(x) if gate else act(up(x))
         x = nn.Dropout(self.dropout, deterministic=not self.dropout)(x)
         x = Dense((width,), self.dtype, name='Dense_1')(x)
         return nn.Dropout(self.dropout, deterministic=not self.dropout)(x)
@@ -134,11 +161,15 @@ class Block(nn.Module):
     layer_scale: bool = False
     dropout: float = 0.0
     dtype: Any = None
+    biased: str = 'qkv'
+    relative: RelativeBias | None = None
 
     def setup(self):
         """Makes the sub-modules and parameters."""
         self.norm1 = layer_norm(self.ln_eps, self.dtype, 'LayerNorm_0')
-        self.attention = Attention(self.heads, self.dtype, name='MultiHeadDotProductAttention_0')
+        self.attention = Attention(
+            self.heads, self.dtype, self.biased, self.relative, name='MultiHeadDotProductAttention_0'
+        )
         self.norm2 = layer_norm(self.ln_eps, self.dtype, 'LayerNorm_1')
         self.mlp = Mlp(self.mlp_dim, self.activation, self.dropout, self.dtype, name='MlpBlock_0')
         if self.layer_scale:
@@ -151,9 +182,10 @@ class Block(nn.Module):
         y = self.attention(self.norm1(x))
         return y * self.scale1.astype(y.dtype) if self.layer_scale else y
 
-    def feed(self, x: jax.Array) -> jax.Array:
-        """The MLP branch, without the residual: [B, T, D] to [B, T, D]."""
-        y = self.mlp(self.norm2(x))
+    def feed(self, x: jax.Array, beside: jax.Array | None = None) -> jax.Array:
+        """The MLP branch, without the residual: [B, T, D] to [B, T, D]; `beside` is added behind the norm."""
+        y = self.norm2(x)
+        y = self.mlp(y if beside is None else y + beside)
         return y * self.scale2.astype(y.dtype) if self.layer_scale else y
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -175,44 +207,44 @@ class Encoder(nn.Module):
     scan: bool
 
     def setup(self):
-        """Makes the sub-modules and parameters."""
-        if self.scan:
-            self.stacked = self.param('encoderblock', self._init_stacked)
-        else:
-            self.blocks = [Block(**self.block, name=f'encoderblock_{i}') for i in range(self.depth)]
+        """Makes the final norm, which a backbone may apply to other tokens too."""
         if self.final_norm:
             self.norm = layer_norm(self.block['ln_eps'], self.block['dtype'], 'encoder_norm')
 
-    def _init_stacked(self, key: jax.Array) -> dict:
-        x = jnp.zeros((1, 1, self.block['width']))
-        block = Block(**{**self.block, 'dropout': 0.0}, parent=None)
-        return jax.vmap(lambda k: block.init(k, x)['params'])(jax.random.split(key, self.depth))
-
-    def __call__(self, x: jax.Array, method: Places, prompts: Any, ctx: Context) -> jax.Array:
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, method: Places, prompts: Any, ctx: Context, relative: RelativeBias | None = None
+    ) -> jax.Array:
         """Runs the blocks over [B, T, D]; a method may change T on the way."""
         run = self._scanned if self.scan else self._unrolled
-        x = run(x, method, prompts, ctx)
+        x = run({**self.block, 'relative': relative}, x, method, prompts, ctx)
         return self.norm(x) if self.final_norm else x
 
-    def _unrolled(self, x, method, prompts, ctx):
-        for i, block in enumerate(self.blocks):
+    def _unrolled(self, settings, x, method, prompts, ctx):
+        for i in range(self.depth):
             ctx.start = i
-            x = method.layer(prompts, block, x, i, ctx)
+            x = method.layer(prompts, Block(**settings, name=f'encoderblock_{i}'), x, i, ctx)
         return x
 
-    def _scanned(self, x, method, prompts, ctx):
+    def _scanned(self, settings, x, method, prompts, ctx):
+        def init(key):
+            block = Block(**{**settings, 'dropout': 0.0}, parent=None)
+            sample = jnp.zeros((1, *x.shape[1:]))
+            return jax.vmap(lambda k: block.init(k, sample)['params'])(jax.random.split(key, self.depth))
+
+        stacked = self.param('encoderblock', init)
         key = self.make_rng('dropout') if self.block['dropout'] else None
 
         def step(x, args):
             i, params = args
             rngs = {} if key is None else {'dropout': jax.random.fold_in(key, i)}
-            block = Block(**self.block, parent=None).bind({'params': params}, rngs=rngs)
+            block = Block(**settings, parent=None).bind({'params': params}, rngs=rngs)
             return method.layer(prompts, block, x, i, ctx), None
 
         inside = [b for b in method.boundaries(self.depth) if 0 < b < self.depth]
         for start, stop in pairwise(sorted({0, self.depth, *inside})):
             ctx.start = start
-            run = jax.tree.map(lambda a, s=start, e=stop: a[s:e], self.stacked)
+            run = jax.tree.map(lambda a, s=start, e=stop: a[s:e], stacked)
             if stop - start == 1:
                 x, _ = step(x, (start, jax.tree.map(lambda a: a[0], run)))
             else:

@@ -1,73 +1,66 @@
-"""Backbones by name: which weights, how they must be run, and what pixels they expect.
+"""Backbones, ready to run: by name, by path, by address, or untrained.
 
-Weights do not tell their conventions, so each entry holds them. Google's ImageNet-21k ViTs appear twice: as the
-published numbers of VPT (arXiv 2203.12119) and its successors were made (exact GELU, ImageNet mean and standard
-deviation: that is how the PyTorch ports ran them), and under the checkpoints' own conventions (`..._tanh`: tanh GELU,
-pixels in [-1, 1]), which is what they were trained with.
+`catalog` knows which weights are published, `checkpoints.fetch` brings them here, `checkpoints.scheme` recognises whose
+naming a file has, `loading` makes a network of it. Weights do not tell their conventions. A name of the catalog has its
+row's; so has a path or an address whose file is published there; any other file has its scheme's home conventions.
 """
 
+import concurrent.futures
 import dataclasses
-import hashlib
 import os
 import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpt_jax.checkpoints import google_npz
+from vpt_jax.checkpoints import containers, fetch, scheme
+from vpt_jax.checkpoints.fetch import cache_folder
+from vpt_jax.checkpoints.ported import Ported
 from vpt_jax.errors import UsageError, unknown
-from vpt_jax.models.loading import match
-from vpt_jax.models.transformer import stack_blocks, unstack_blocks
-from vpt_jax.models.vit import VARIANTS, ViT
+from vpt_jax.models import catalog
+from vpt_jax.models.catalog import Row
+from vpt_jax.models.families import FAMILIES, family_of, settings_of
+from vpt_jax.models.loading import build
+from vpt_jax.models.pixels import HALF, IMAGENET, PIXELS, Pixels
+from vpt_jax.models.vit import VARIANTS
 
-Triple = tuple[float, float, float]
+__all__ = [
+    'HALF',
+    'IMAGENET',
+    'Backbone',
+    'Pixels',
+    'backbones',
+    'cache_folder',
+    'is_named',
+    'load_backbone',
+    'located',
+]
+
+_ASSETS = Path(__file__).parent.parent / 'assets'
+_RANDOM = re.compile(r'random:([^@]+?)(?:@(\d+))?')
+_VARIANT = re.compile(r'(.+)/(\d+)')
+#: What a file of weights is called, where the name alone has to tell.
+_SUFFIXES = ('.npz', '.safetensors', '.msgpack', '.pth', '.pt', '.bin', '.ckpt', '.pkl', '.h5', '.tar', '.json')
+_SEED = 0
+_told: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
-class Pixels:
-    """What a backbone's input must look like.
+class _Choice:
+    """What the caller of `load_backbone` wants, checked as far as it can be without the file."""
 
-    Attributes:
-      mean, std: subtracted from, and divided into, the channels of images in [0, 1].
-      resize: how images get their size, a name that `data.Preprocess` knows: 'vtab', 'bicubic' or 'fgvc'.
-    """
-
-    mean: Triple
-    std: Triple
-    resize: str
-
-
-#: VPT's pixels: ImageNet's mean and standard deviation.
-IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 'vtab')
-#: Pixels in [-1, 1], as Google's ViTs were trained.
-HALF = Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 'bicubic')
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A row of the table of backbones.
-
-    Attributes:
-      file: file name in the cache folder; None for the weights that come with the package.
-      url: where to fetch the file; None likewise.
-      license: of the weights.
-      variant, patch_size: the size the file must have (`vit.VARIANTS`); None to take whatever it has.
-      activation: a name of `vit.ACTIVATIONS`.
-      pixels: the input's convention.
-      note: one line for a table.
-    """
-
-    file: str | None
-    url: str | None
-    license: str
-    variant: str | None
-    patch_size: int | None
-    activation: str
-    pixels: Pixels
-    note: str
+    name: str
+    image_size: int | None
+    param_dtype: Any
+    pixels: Pixels | None
+    scheme: str | None
+    settings: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,17 +69,23 @@ class Backbone:
 
     Attributes:
       name: what `load_backbone` was given (for a path, the file's name).
-      model: the network's settings and code.
-      params: its parameters, nested dict of float32 arrays.
-      sha256: of the weight file; for random weights a string that starts with 'random:' and says how they were drawn.
+      model: the network's settings and code, one of `families.FAMILIES`.
+      params: its parameters, nested dict of arrays.
+      sha256: of the weight file (of its files' names and digests, if there are several); for random weights a string
+        that starts with 'random:' and says how they were drawn.
       pixels: what `images` must look like; their size is `model.image_size`.
     """
 
     name: str
-    model: ViT
+    model: nn.Module
     params: dict
     sha256: str
     pixels: Pixels
+
+    @property
+    def family(self) -> str:
+        """Key of `families.FAMILIES`."""
+        return family_of(self.model)
 
     @property
     def num_params(self) -> int:
@@ -94,60 +93,29 @@ class Backbone:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
     def with_scan(self, scan: bool = True) -> 'Backbone':
-        """The same network with its blocks scanned (compiles once whatever the depth) or unrolled."""
-        if scan == self.model.scan:
+        """The same network with its blocks scanned (compiles once whatever the depth) or unrolled.
+
+        Raises:
+          UsageError: `scan` in a network whose blocks differ, which cannot.
+        """
+        if scan == getattr(self.model, 'scan', False):
             return self
-        params = stack_blocks(self.params) if scan else _unstacked(self.params)
-        return dataclasses.replace(self, model=self.model.clone(scan=scan), params=params)
+        _check_settings(self.family, {'scan': scan})
+        model = self.model.clone(scan=scan)
+        params = model.stored(self.params) if scan else _canonical(self.model, self.params)
+        return dataclasses.replace(self, model=model, params=params)
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able {'name', 'sha256', 'settings'} for a prompt file; the settings are those of `ViT`."""
-        values = {name: getattr(self.model, name) for name in _SETTINGS}
+        """JSON-able {'name', 'sha256', 'family', 'settings'} for a prompt file; the settings are the network's."""
+        values = {name: getattr(self.model, name) for name in settings_of(type(self.model))}
         values['dtype'] = None if values['dtype'] is None else jnp.dtype(values['dtype']).name
-        return {'name': self.name, 'sha256': self.sha256, 'settings': values}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {'name': self.name, 'sha256': self.sha256, 'family': self.family, 'settings': values}
 
 
-_SETTINGS = tuple(f.name for f in dataclasses.fields(ViT) if f.name not in ('parent', 'name'))
-_ASSETS = Path(__file__).parent.parent / 'assets'
-_BUCKET = 'https://storage.googleapis.com/vit_models'
-_RANDOM = re.compile(r'random:([^/@]+)/(\d+)(?:@(\d+))?')
-_OTHER_FORMATS = ('.pth', '.pt', '.bin', '.ckpt', '.pkl', '.safetensors', '.msgpack', '.h5', '.tar')
-_SEED = 0
-
-_IN21K = (('B', 16), ('B', 32), ('L', 16), ('L', 32), ('H', 14))
-# The recommended ones of google-research/vision_transformer's README.
-_AUGREG = {
-    ('Ti', 16): 'aug_none-wd_0.03',
-    ('S', 16): 'aug_light1-wd_0.03',
-    ('S', 32): 'aug_none-wd_0.1',
-    ('B', 16): 'aug_medium1-wd_0.1',
-    ('B', 32): 'aug_light1-wd_0.1',
-    ('L', 16): 'aug_strong1-wd_0.1',
-}
-
-
-def backbones() -> dict[str, Entry]:
+def backbones() -> Mapping[str, Row]:
     """Every backbone that `load_backbone` knows by name, in a sensible order."""
-    table = {
-        'tiny_vit64': Entry(
-            None, None, 'Apache-2.0', None, None, 'gelu_tanh', HALF, 'small ViT for 64-pixel images, in the package'
-        )
-    }
-    for variant, patch in _IN21K:
-        file = f'ViT-{variant}_{patch}.npz'
-        row = Entry(file, f'{_BUCKET}/imagenet21k/{file}', 'Apache-2.0', variant, patch, 'gelu', IMAGENET,
-                    f'ViT-{variant}/{patch}, ImageNet-21k, as VPT and VAPT run it')  # fmt: skip
-        name = f'vit_{variant.lower()}{patch}_in21k'
-        table[name] = row
-        table[f'{name}_tanh'] = dataclasses.replace(
-            row, activation='gelu_tanh', pixels=HALF, note=f'ViT-{variant}/{patch}, ImageNet-21k, as it was trained'
-        )
-    for (variant, patch), recipe in _AUGREG.items():
-        file = f'{variant}_{patch}-i21k-300ep-lr_0.001-{recipe}-do_0.0-sd_0.0.npz'
-        table[f'vit_{variant.lower()}{patch}_augreg_in21k'] = Entry(
-            file, f'{_BUCKET}/augreg/{file}', 'Apache-2.0', variant, patch, 'gelu_tanh', HALF,
-            f'ViT-{variant}/{patch}, AugReg (arXiv 2106.10270), ImageNet-21k')  # fmt: skip
-    return table
+    return catalog.rows()
 
 
 def load_backbone(
@@ -155,93 +123,153 @@ def load_backbone(
     *,
     image_size: int | None = None,
     dtype: Any = None,
+    param_dtype: Any = None,
     pixels: Pixels | None = None,
+    scheme: str | None = None,
     **settings: Any,
 ) -> Backbone:
-    """Loads a frozen backbone.
+    """Loads a frozen backbone; what is published is downloaded once, into $VPT_JAX_CACHE or ~/.cache/vpt_jax.
 
     Args:
-      name: a name of `backbones()`; or a path to a ViT `.npz` file of Google's or big_vision's, which is run with exact
-        GELU on ImageNet-normalised pixels as VPT does, unless `activation` and `pixels` say otherwise; or
-        `random:<variant>/<patch>[@size]` (`random:B/16`, `random:Ti/8@64`), an UNTRAINED network of a size of
-        `vit.VARIANTS` from a fixed seed, for benchmarks and smoke tests.
+      name: one of
+        - a name of `backbones()`;
+        - a path: a file or directory of any container and naming that vpt_jax reads; `FILE:img` for one of several
+          networks in it;
+        - an address: `hf:OWNER/NAME[:FILE]`, `gs://BUCKET/FILE` or `https://...`, `:img` likewise;
+        - `random:NAME` or `random:VARIANT/PATCH`, with `@SIZE` behind it if wanted (`random:resnet50_tv`,
+          `random:Ti/8@64`): an UNTRAINED network of the catalog, or of a size of `vit.VARIANTS`, from a fixed seed,
+          for benchmarks and smoke tests.
       image_size: side of the images in pixels; the position embedding is resampled if the weights are for another.
-        None: as the weights are (a remainder smaller than a patch is dropped).
-      dtype: type to compute in ('bfloat16', ...); parameters are float32 always. None: float32.
-      pixels: the input's convention; None: the entry's.
-      **settings: any other setting of `ViT`, over what the file's shapes and the entry say (`scan=True`,
-        `pool='gap'`, `posemb='sincos2d'`, `pre_logits=768` to keep that layer).
+        None: the catalog's, else as the weights are (a remainder smaller than a patch is dropped).
+      dtype: type to compute in ('bfloat16', ...); None: the parameters'.
+      param_dtype: type to store the parameters in; None: float32.
+      pixels: the input's convention; None: the catalog's, else the naming scheme's.
+      scheme: name of the naming scheme (`checkpoints.schemes`); None to recognise it.
+      **settings: any other setting of the network, over what the file, its scheme and the catalog say (`scan=True`,
+        `pool='gap'`, `activation='gelu'`, `heads=12`, `pre_logits=768` to keep that layer).
 
     Returns:
       The backbone.
 
     Raises:
-      UsageError: unknown name or setting, a file that is missing, damaged, or not such a ViT, an image size
-        that is not a multiple of the patch.
+      UsageError: unknown name or setting; a file that is missing and cannot be fetched (the message says which file to
+        put where), is damaged, or is not what it should be; an image size that does not fit.
     """
     name = os.fspath(name)
+    choice = _Choice(name, image_size, _floating('param_dtype', param_dtype or jnp.float32), pixels, scheme,
+                     _checked(image_size, dtype, settings))  # fmt: skip
+    if name.startswith('random:'):
+        return _random(choice)
+    if name in catalog.rows():
+        return _from_file(located(name), choice, name)
+    address, tower = containers.split_tower(name)
+    if fetch.is_address(address):
+        published = catalog.of_address(address)
+        if published:
+            return _from_file(located(published[0]), choice, published[0], tower)
+        return _from_file(fetch.present(address), choice, None, tower, fetch.pin_of(fetch.cached(address)))
+    path = Path(address).expanduser()
+    if os.sep not in address and not address.lower().endswith(_SUFFIXES) and not path.exists():
+        raise catalog.unknown_name(name)
+    return _from_file(path, dataclasses.replace(choice, name=path.name), None, tower)
+
+
+def is_named(name: str) -> bool:
+    """Whether `load_backbone` takes it for a name of the catalog, an untrained network or an address, not a path."""
+    path, _ = containers.split_tower(name)
+    return name in catalog.rows() or name.startswith('random:') or fetch.is_address(path)
+
+
+def located(name: str) -> Path:
+    """The weights of a name of the catalog on this machine, downloaded if need be.
+
+    Raises:
+      UsageError: they are not here and cannot be fetched; the message says which file to put where.
+    """
+    row = catalog.rows()[name]
+    if row.how == catalog.PACKAGE:
+        path = _ASSETS / f'{name}.npz'
+        if not path.exists():
+            raise UsageError(f'the weights of {name!r} should be in the package, but {path} is missing: reinstall '
+                             'vpt_jax')  # fmt: skip
+        return path
+    if row.noncommercial and name not in _told:
+        _told.add(name)
+        print(f'warning: the weights of {name} are under {row.license}: no commercial use', file=sys.stderr)
+    path = row.path
+    if path.exists():
+        return path
+    what = f'the weights of {name!r} are not on this machine'
+    if row.how == catalog.CONVERT:
+        file, known = row.url.rsplit('/', 1)[-1], ' starts with '.join(row.known.split(':'))
+        raise UsageError(f'{what} and are published as a PyTorch pickle, which vpt_jax never opens by itself: download '
+                         f'{row.url}{f" (its {known})" if known else ""}, then run python -m vpt_jax.convert {file} '
+                         f'{path}')  # fmt: skip
+    if row.how == catalog.BY_HAND:
+        raise UsageError(f'{what}: accept the {row.license} at {row.url} and put the file {path.name} at {path}')
+    size = f'{row.mib:,} MiB, ' if row.mib else ''
+    about = f'{name}: {row.note}\nfetching {row.url} ({size}{row.license})'
+    return fetch.present(row.source, path, row.known, about)
+
+
+def _checked(image_size: int | None, dtype: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of any network as they are kept: tuples, not the lists of a JSON file."""
+    every = {setting for family in FAMILIES.values() for setting in settings_of(family)}
     for key in settings:
-        if key not in _SETTINGS:
-            raise unknown('backbone setting', key, _SETTINGS)
+        if key not in every:
+            raise unknown('backbone setting', key, every)
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
         raise UsageError(f'image_size must be a whole number of pixels >= 1, got {image_size!r}')
-    try:
-        settings['dtype'] = None if dtype is None else jnp.dtype(dtype)
-        if dtype is not None and not jnp.issubdtype(settings['dtype'], jnp.floating):
-            raise TypeError
-    except TypeError as error:
-        raise UsageError(f"dtype must be a floating-point type such as 'bfloat16', got {dtype!r}") from error
-    if name.startswith('random:'):
-        return _random(name, image_size, pixels or IMAGENET, settings)
-    suffix = Path(name).suffix.lower()
-    if suffix in _OTHER_FORMATS:
-        raise UsageError(f'cannot load {name}: vpt_jax reads ViT weights from .npz files, not {suffix} files')
-    if suffix == '.npz':
-        row = Entry(None, None, '', None, None, 'gelu', IMAGENET, '')
-        return _from_file(Path(name).expanduser(), Path(name).name, row, image_size, pixels, settings)
-    table = backbones()
-    if name not in table:
-        raise unknown('backbone', name, table)
-    row = table[name]
-    return _from_file(_locate(name, row), name, row, image_size, pixels, settings)
-
-
-def cache_folder() -> Path:
-    """Where downloaded weights are looked for: $VPT_JAX_CACHE, else ~/.cache/vpt_jax."""
-    return Path(os.environ.get('VPT_JAX_CACHE') or Path.home() / '.cache' / 'vpt_jax').expanduser()
-
-
-def _locate(name: str, row: Entry) -> Path:
-    path = cache_folder() / row.file if row.file else _ASSETS / f'{name}.npz'
-    if not path.exists():
-        if row.url:
-            raise UsageError(f'the weights of {name!r} are not on this machine: download {row.url} to {path}')
-        raise UsageError(f'the weights of {name!r} should be in the package, but {path} is missing: reinstall vpt_jax')
-    return path
+    kept = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return kept if dtype is None else {**kept, 'dtype': _floating('dtype', dtype)}
 
 
 def _from_file(
-    path: Path, name: str, row: Entry, image_size: int | None, pixels: Pixels | None, settings: dict[str, Any]
+    path: Path, choice: _Choice, published: str | None, tower: str | None = None, pin: Path | None = None
 ) -> Backbone:
-    tree = google_npz.read(path, keep=('pre_logits',) if settings.get('pre_logits') else ())
-    stored = google_npz.settings(tree, str(path))
-    if row.variant is not None:
-        for key, value in {**VARIANTS[row.variant], 'patch_size': row.patch_size}.items():
-            if stored[key] != value:
-                raise UsageError(f'{path} is not {name}: its {key} is {stored[key]}, expected {value}')
-    values = {**stored, 'activation': row.activation, **settings}
-    if image_size is not None:
-        values['image_size'] = _fitting(image_size, values['patch_size'])
-    model = ViT(**values)
-    model.grid(model.image_size)
-    channels = tree['embedding']['kernel'].shape[2]
-    template = jax.eval_shape(lambda: unstack_blocks(_init(model.clone(scan=True), channels)))
-    params = match(tree, template, str(path), prefix=model.posemb_prefix, rule=model.posemb_rule)
-    params = jax.tree.map(jnp.asarray, params)
-    params = stack_blocks(params) if model.scan else params
-    with open(path, 'rb') as file:
-        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-    return Backbone(name, model, params, sha256, pixels or row.pixels)
+    """A file, with the conventions of a row if it is known to be the row's, or is called like it."""
+    row = catalog.rows()[published] if published else None
+    with containers.opened(path) as file, concurrent.futures.ThreadPoolExecutor(1) as beside:
+        sha256 = beside.submit(containers.fingerprint, file.files)
+        like = (published, row) if row else None if file.about else catalog.of_file(path)
+        conventions = {**like[1].conventions, **like[1].resized} if like else {}
+        tower = tower or (row.tower if row else None)
+        hints = {**conventions, **choice.settings} | ({'tower': tower} if tower else {})
+        part, ported = scheme.port(file, choice.scheme or (row.scheme if row else None), hints)
+        if row:
+            check_row(path, published, row, ported)
+        _check_settings(ported.family, choice.settings)
+        known = settings_of(FAMILIES[ported.family])
+        values = {key: value for key, value in hints.items() if key in known}
+        if choice.image_size is not None:
+            patch = values.get('patch_size') or ported.settings.get('patch_size') or FAMILIES[ported.family].patch_size
+            values['image_size'] = _fitting(choice.image_size, patch)
+        model, params = build(part, ported, choice.param_dtype, **values)
+    if row and row.how != catalog.PACKAGE:
+        # Here and not beside the file: one of the hub may lie in that library's own cache.
+        fetch.check(path, sha256.result(), row.known if row.how == catalog.DOWNLOAD else '', fetch.pin_of(row.path))
+    elif pin:
+        fetch.check(path, sha256.result(), pin=pin)
+    pixels = choice.pixels or (like[1].pixels if like else PIXELS[ported.pixels])
+    return Backbone(choice.name, model, params, sha256.result(), pixels)
+
+
+def check_row(path: Path | str, name: str, row: Row, ported: Ported) -> None:
+    """Refuses a file that is not the row's."""
+    if ported.family != row.family:
+        raise UsageError(f'{path} is not {name}: it holds a {ported.family}, expected a {row.family}')
+    for key, value in row.network.items():
+        found = ported.settings.get(key, value)
+        if (list(found) if isinstance(found, tuple) else found) != (list(value) if isinstance(value, tuple) else value):
+            raise UsageError(f'{path} is not {name}: its {key} is {found}, expected {value}')
+
+
+def _check_settings(family: str, settings: Mapping[str, Any]) -> None:
+    """Refuses settings that a network of this family does not have."""
+    known = settings_of(FAMILIES[family])
+    for key, value in settings.items():
+        if key not in known and not (key == 'scan' and not value):
+            raise UsageError(f'a {family} has no setting {key!r}: it has {", ".join(known)}')
 
 
 def _fitting(size: int, patch: int) -> int:
@@ -253,38 +281,67 @@ def _fitting(size: int, patch: int) -> int:
     return size
 
 
-def _random(name: str, image_size: int | None, pixels: Pixels, settings: dict[str, Any]) -> Backbone:
-    found = _RANDOM.fullmatch(name)
-    if not found:
-        raise UsageError(f"cannot read {name!r}: random backbones are written 'random:B/16' or 'random:Ti/8@64'")
-    variant, patch, size = found[1], int(found[2]), int(found[3]) if found[3] else None
-    if variant not in VARIANTS:
-        raise unknown('ViT variant', variant, VARIANTS)
-    if not patch:
-        raise UsageError(f'{name!r} has patches of 0 pixels')
-    if image_size is not None and size is not None and image_size != size:
-        raise UsageError(f'{name!r} and image_size={image_size} disagree; give one of them')
-    size = _fitting(image_size or size or 224, patch)
-    values = {**VARIANTS[variant], 'patch_size': patch, 'image_size': size, **settings}
-    model = ViT(**values)
-    model.grid(model.image_size)
+def _floating(what: str, dtype: Any) -> Any:
+    try:
+        found = jnp.dtype(dtype)
+        if jnp.issubdtype(found, jnp.floating):
+            return found
+    except TypeError:
+        pass
+    raise UsageError(f"{what} must be a floating-point type such as 'bfloat16', got {dtype!r}")
+
+
+def _random(choice: _Choice) -> Backbone:
+    found = _RANDOM.fullmatch(choice.name)
+    what, given = (found[1], int(found[2]) if found[2] else None) if found else ('', None)
+    if choice.image_size is not None and given is not None and choice.image_size != given:
+        raise UsageError(f'{choice.name!r} and image_size={choice.image_size} disagree; give one of them')
+    size = choice.image_size or given
+    family, values, pixels = _untrained(choice.name, what)
+    _check_settings(family, choice.settings)
+    values = {**values, **choice.settings}
+    if size is not None or 'image_size' not in values:
+        values['image_size'] = _fitting(size or 224, values.get('patch_size') or FAMILIES[family].patch_size)
+    model = FAMILIES[family](**values)
     # Drawn as a scan whatever the model is: same weights either way, and depth costs no compile time.
-    params = _draw(model.clone(scan=True))
-    params = params if model.scan else _unstacked(params)
-    drawn = ','.join(f'{k}={v}' for k, v in sorted(settings.items()) if k not in ('scan', 'dtype'))
-    sha256 = f'random:{variant}/{patch}@{model.image_size}:seed{_SEED}' + (f':{drawn}' if drawn else '')
-    return Backbone(name, model, params, sha256, pixels)
+    drawn = model.clone(scan=True) if hasattr(model, 'scan') else model
+    params = _draw(drawn)
+    params = _canonical(drawn, params) if drawn is not model and not model.scan else params
+    params = jax.tree.map(lambda leaf: leaf.astype(choice.param_dtype), params)
+    changed = ','.join(f'{k}={v}' for k, v in sorted(choice.settings.items()) if k not in ('scan', 'dtype'))
+    sha256 = f'random:{what}@{model.image_size}:seed{_SEED}' + (f':{changed}' if changed else '')
+    return Backbone(choice.name, model, params, sha256, choice.pixels or pixels)
 
 
-def _unstacked(params: dict) -> dict:
+def _untrained(name: str, what: str) -> tuple[str, dict[str, Any], Pixels]:
+    """(Family, settings, input) of 'B/16' or of a name of the catalog."""
+    if found := _VARIANT.fullmatch(what):
+        if found[1] not in VARIANTS:
+            raise unknown('ViT variant', found[1], VARIANTS)
+        if not int(found[2]):
+            raise UsageError(f'{name!r} has patches of 0 pixels')
+        return 'vit', {**VARIANTS[found[1]], 'patch_size': int(found[2])}, IMAGENET
+    rows = catalog.rows()
+    if what in rows:
+        return rows[what].family, rows[what].settings, rows[what].pixels
+    if what in VARIANTS or not what:
+        raise UsageError(f"cannot read {name!r}: random backbones are written 'random:B/16', 'random:Ti/8@64' or "
+                         "'random:resnet50_tv'")  # fmt: skip
+    raise catalog.unknown_name(what)
+
+
+def _canonical(model: nn.Module, params: dict) -> dict:
     # By way of numpy, whose slices are views: jax would compile one slice for every block and parameter.
-    return jax.tree.map(jnp.asarray, unstack_blocks(jax.tree.map(np.asarray, params)))
+    return jax.tree.map(jnp.asarray, model.canonical(jax.tree.map(np.asarray, params)))
 
 
-def _init(model: ViT, channels: int = 3) -> dict:
+def _draw(model: nn.Module) -> dict:
     """Initial parameters; with `scan` there is one block to trace and compile, however many the model has."""
-    images = jnp.zeros((1, model.image_size, model.image_size, channels))
-    return model.init({'params': jax.random.key(_SEED), 'dropout': jax.random.key(_SEED)}, images)['params']
 
+    def init() -> dict:
+        images = jnp.zeros((1, model.image_size, model.image_size, 3))
+        return model.init({'params': jax.random.key(_SEED), 'dropout': jax.random.key(_SEED)}, images)['params']
 
-_draw = jax.jit(_init, static_argnums=(0, 1))
+    # The program runs once and is all random bits: what XLA's CPU backend spends on optimizing it is not won back.
+    quick = {'xla_backend_optimization_level': 1} if jax.default_backend() == 'cpu' else None
+    return jax.jit(init, compiler_options=quick)()

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from vpt_jax.data import Batches
+from vpt_jax.data import Batches, Prefetch
 from vpt_jax.training.step import Program, PyTree, eval_step, shard_batch
 
 
@@ -23,10 +23,11 @@ def count(program: Program, mesh, params: PyTree, prompts: PyTree, state: PyTree
     step = eval_step(program, mesh)
     # Sums stay on the device: the host prepares the next batch while this one is computed.
     sums = None
-    for batch in batches.epoch():
-        out = step(params, (prompts, state), shard_batch(batch, mesh))
-        out = {name: out[name] for name in ('loss', 'correct', 'count')}
-        sums = out if sums is None else jax.tree.map(lambda a, b: a + b, sums, out)
+    with Prefetch(lambda t: shard_batch(batches.batch(t), mesh), range(batches.steps_per_epoch)) as ahead:
+        for batch in ahead:
+            out = step(params, (prompts, state), batch)
+            out = {name: out[name] for name in ('loss', 'correct', 'count')}
+            sums = out if sums is None else jax.tree.map(lambda a, b: a + b, sums, out)
     sums = jax.device_get(sums)
     return {'loss': float(sums['loss'])} | {k: np.asarray(sums[k], np.float64) for k in ('correct', 'count')}
 

@@ -13,7 +13,7 @@ from vpt_jax import data, methods
 from vpt_jax.checkpoints import prompt_file
 from vpt_jax.errors import UsageError
 from vpt_jax.methods import Method
-from vpt_jax.models.zoo import Backbone, load_backbone
+from vpt_jax.models.zoo import Backbone, is_named, load_backbone
 from vpt_jax.training import step as steps
 from vpt_jax.training.evaluation import count, summary
 from vpt_jax.training.recipe import Recipe
@@ -82,7 +82,7 @@ def load_trained(path: str | Path, backbone: str | Backbone | None = None) -> Tr
 
 def _load(given: str | None, trained_on: str, settings: dict[str, Any]) -> Backbone:
     """The backbone of that name, with the settings it was trained with."""
-    if given is None and trained_on.endswith('.npz') and not Path(trained_on).exists():
+    if given is None and not is_named(trained_on) and not Path(trained_on).exists():
         raise UsageError(
             f'this prompt was trained on the weights in a file {trained_on}: say where it is with --backbone=PATH '
             '(load_trained(..., backbone=PATH))'

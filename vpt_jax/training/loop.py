@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vpt_jax import data, methods
 from vpt_jax.checkpoints import prompt_file
+from vpt_jax.data.preprocess import normalise
+from vpt_jax.errors import UsageError
 from vpt_jax.models.zoo import Backbone, load_backbone
 from vpt_jax.training import step as steps
 from vpt_jax.training.evaluation import evaluate
 from vpt_jax.training.recipe import Recipe
-from vpt_jax.training.run_folder import Progress, RunFolder, write_result
+from vpt_jax.training.run_folder import Progress, RunFolder, crc32, write_result
 
 PyTree = Any
 
@@ -67,6 +70,7 @@ def fit(
     head: methods.Method | None = None,
     on_bad_image: str = 'stop',
     on_empty_class: str = 'stop',
+    start: Any = None,
 ) -> Result:
     """Adapts a frozen backbone to a dataset.
 
@@ -82,6 +86,8 @@ def fit(
       preprocess: by default the backbone's own size, resize rule and pixel statistics, without augmentation.
       head: another head than linear.
       on_bad_image, on_empty_class: see `data.load`.
+      start: prompts to go on from instead of drawn ones, with what the method carries along: anything with `prompts`
+        and `state`, such as the `Result` of another run.
 
     Returns:
       A `Result`.
@@ -97,6 +103,8 @@ def fit(
     method.check(backbone.model)
     preprocess = preprocess or default_preprocess(backbone)
     described = describe_run(method, dataset, backbone, preprocess, recipe)
+    if start is not None:
+        described['start'] = {'crc32': crc32((start.prompts, start.state))}
     if isinstance(dataset, str):
         dataset = data.load(dataset, preprocess, seed=recipe.seed, on_bad_image=on_bad_image,
                             on_empty_class=on_empty_class)  # fmt: skip
@@ -104,18 +112,43 @@ def fit(
     program = steps.Program(
         backbone.model, method, preprocess, dataset.num_classes, recipe.optimizer, recipe.weight_decay > 0,
         recipe.momentum, recipe.bias_multiplier, recipe.per_step, recipe.label_smoothing, recipe.mixup,
-        recipe.resolved_precision(),
+        recipe.resolved_precision(), recipe.schedule,
     )  # fmt: skip
     state = steps.init_state(
         program, backbone.params, seed=recipe.seed, learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay, warmup_epochs=recipe.warmup_epochs, epochs=recipe.epochs,
         steps_per_epoch=batches.steps_per_epoch,
     )  # fmt: skip
+    if start is not None:
+        state = _from_start(state, start)
     state_bytes = sum(a.nbytes for a in jax.tree.leaves(state))
     folder = RunFolder(workdir, described, state_bytes, recipe.keep_checkpoints)
     with contextlib.closing(folder):
-        run = _Run(recipe, backbone, dataset, preprocess, batches, program, folder)
-        return run.finish(described, *run.train(state))
+        run = Run(recipe, backbone, dataset, preprocess, batches, program, folder)
+        return run.finish(described, *run.train(state, drawn=start is None))
+
+
+def _from_start(state: steps.TrainState, start: Any) -> steps.TrainState:
+    for what in ('prompts', 'state'):
+        ours, given = getattr(state, what), getattr(start, what)
+        if jax.tree.map(np.shape, ours) != jax.tree.map(np.shape, given):
+            raise UsageError(f'the {what} to start from are not those of this method on this backbone and dataset')
+        state = state.replace(**{what: jax.tree.map(lambda a, b: jnp.asarray(b, a.dtype), ours, given)})
+    return state
+
+
+class _Views:
+    """The training images as `Method.init_from` takes them: one view of each, augmented as in training."""
+
+    def __init__(self, batches: data.Batches):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches.split)
+
+    def __getitem__(self, index: np.ndarray) -> jax.Array:
+        preprocess = self.batches.preprocess
+        return normalise(jnp.asarray(self.batches.views(index)), preprocess.mean, preprocess.std)
 
 
 def default_preprocess(backbone: Backbone, augment: str = 'none', resize: str | None = None) -> data.Preprocess:
@@ -135,7 +168,7 @@ def describe_run(method, dataset, backbone, preprocess, recipe) -> dict:
     }
 
 
-class _Run:
+class Run:
     """One attempt at a run: training from wherever the folder stands, then evaluation."""
 
     def __init__(self, recipe, backbone, dataset, preprocess, batches, program, folder):
@@ -147,23 +180,34 @@ class _Run:
         self.pending: list[tuple[int, dict]] = []
         self.signal = 0
 
-    def train(self, state):
-        """Runs the remaining steps; returns the final state and the timing."""
+    def step(self):
+        """The compiled train step."""
+        return steps.train_step(self.program, self.mesh)
+
+    def train(self, state, drawn: bool = True):
+        """Runs the remaining steps, of prompts that were just drawn or not; returns the last state and the timing."""
         state = self.folder.restore(steps.replicate(state, self.mesh))
         first = int(state.step)
+        if drawn and not first and self.program.method.looks_at_images:
+            state = steps.look_at_images(self.program, state, self.backbone.params, _Views(self.batches))
+            state = steps.replicate(state, self.mesh)
         self.folder.open_metrics(first)
         every = self.recipe.checkpoint_every_steps or self.batches.steps_per_epoch
-        step = steps.train_step(self.program, self.mesh)
+        step = self.step()
         progress = Progress(self.total, first, self.recipe.batch_size)
         timing = {'began': time.perf_counter(), 'first_step': 0.0, 'steps': self.total - first}
-        with self._signals(), contextlib.closing(progress):
+        meter = data.WaitMeter()
+        batches = data.Prefetch(lambda t: steps.shard_batch(self.batches.batch(t), self.mesh), range(first, self.total))
+        with self._signals(), contextlib.closing(progress), batches:
             for t in range(first, self.total):
-                batch = steps.shard_batch(self.batches.batch(t), self.mesh)
+                batch = next(batches)
+                meter.add(batches.waited, not self.pending or self.pending[-1][1]['loss'].is_ready())
                 state, metrics = step(self.params, state, batch)
                 self.pending.append((t + 1, metrics))
                 if t == first:
                     jax.block_until_ready(metrics)
                     timing['first_step'] = time.perf_counter() - timing['began']
+                    meter.restart()
                 done = t + 1
                 last = done == self.total or self.signal
                 row = None
@@ -174,7 +218,7 @@ class _Run:
                     self._save(done, state)
                 if self._validates_after(done):
                     row = self._validate(done, state)
-                progress.update(done, row)
+                progress.update(done, row and {**row, 'waiting for data': meter.share})
                 if self.signal and done < self.total:
                     name = signal.Signals(self.signal).name
                     raise StoppedError(
@@ -183,7 +227,7 @@ class _Run:
                         'run the same command again to resume',
                     )
             jax.block_until_ready(state)
-        timing['seconds'] = time.perf_counter() - timing['began']
+        timing |= {'seconds': time.perf_counter() - timing['began'], 'waiting': meter.share}
         return state, timing
 
     def finish(self, described: dict, state, timing: dict) -> Result:
@@ -196,7 +240,7 @@ class _Run:
             'percent_of_backbone': 100 * trained / self.backbone.num_params,
             'epochs': self.recipe.epochs,
             'steps': self.total,
-            **self._speed(timing),
+            **self.speed(timing),
         }
         for name in ('val', 'test'):
             split = getattr(self.dataset, name)
@@ -207,7 +251,10 @@ class _Run:
             'backbone': self.backbone.name,
             'dataset': self.dataset.name,
             'classes': self.dataset.num_classes,
+            'data_source': self.dataset.source or None,
             'unreadable_images': len(self.dataset.unreadable),
+            'resize': self.preprocess.resize,
+            'augment': self.preprocess.augment,
             'normalisation': {'mean': self.preprocess.mean, 'std': self.preprocess.std},
             'precision': self.program.precision,
             'device': jax.devices()[0].device_kind,
@@ -265,14 +312,16 @@ class _Run:
         self.folder.log(done, row)
         return row
 
-    def _speed(self, timing: dict) -> dict:
+    def speed(self, timing: dict) -> dict:
         """Rates of this attempt; one that had nothing left to train keeps the figures of the one before."""
         if timing['steps'] < 2:
-            return {k: self.folder.previous_result().get(k) for k in ('train_images_per_second', 'compile_seconds')}
+            names = ('train_images_per_second', 'compile_seconds', 'share_of_time_waiting_for_data')
+            return {name: self.folder.previous_result().get(name) for name in names}
         per_step = (timing['seconds'] - timing['first_step']) / (timing['steps'] - 1)
         return {
             'train_images_per_second': self.recipe.batch_size / per_step,
             'compile_seconds': max(timing['first_step'] - per_step, 0.0),
+            'share_of_time_waiting_for_data': timing['waiting'],
         }
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ import jax
 
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.training import optimizer as optimizers
+from vpt_jax.training import schedule as schedules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Recipe:
       optimizer: a name of `optimizer.NAMES`.
       base_lr: for a batch of 256; the rate used is base_lr / 256 * batch_size.
       weight_decay, momentum, bias_multiplier: see `optimizer.build`.
-      per_step: change the rate every step instead of every epoch.
+      schedule: how the rate changes, a name of `schedule.NAMES`.
+      per_step: change the rate of `'cosine'` every step instead of every epoch.
       label_smoothing, mixup: regularisation of pretraining; 0 for none, as in every prompt protocol.
       precision: 'auto' (bfloat16 on accelerators, float32 on the CPU), 'float32' or 'bfloat16'.
       eval_batch_size: 0 for the training batch size.
@@ -54,6 +56,7 @@ class Recipe:
     checkpoint_every_steps: int = 0
     keep_checkpoints: int = 2
     seed: int = 0
+    schedule: str = 'cosine'
 
     def __post_init__(self):
         for field, value, low in (
@@ -75,6 +78,8 @@ class Recipe:
                 f'--config.train.warmup_epochs={self.warmup_epochs} leaves no epoch of --config.train.epochs='
                 f'{self.epochs} to train in; use fewer warm-up epochs'
             )
+        if self.schedule not in schedules.NAMES:
+            raise unknown('schedule', self.schedule, schedules.NAMES)
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f'--config.train.label_smoothing must be in [0, 1), got {self.label_smoothing}')
         if self.precision not in ('auto', 'float32', 'bfloat16'):

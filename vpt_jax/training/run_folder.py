@@ -43,7 +43,8 @@ def _flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
     return flat
 
 
-def _crc32(state: PyTree) -> int:
+def crc32(state: PyTree) -> int:
+    """Checksum of all leaves of a pytree."""
     total = 0
     for leaf in jax.tree.leaves(jax.device_get(state)):
         total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
@@ -146,7 +147,7 @@ class RunFolder:
     def _check_sum(self, step: int, state: PyTree) -> None:
         """Orbax notices missing bytes but not all changed ones."""
         saved = (self._manager.metadata(step).custom_metadata or {}).get('crc32')
-        if saved is not None and saved != _crc32(state):
+        if saved is not None and saved != crc32(state):
             raise ValueError('its checksum does not match')
 
     def save(self, step: int, state: PyTree) -> None:
@@ -159,7 +160,7 @@ class RunFolder:
             return
         try:
             self._manager.save(
-                step, args=ocp.args.StandardSave(state), force=True, custom_metadata={'crc32': _crc32(state)}
+                step, args=ocp.args.StandardSave(state), force=True, custom_metadata={'crc32': crc32(state)}
             )
         except OSError as error:
             raise UsageError(

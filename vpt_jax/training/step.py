@@ -5,6 +5,7 @@ lengths. Only the prompt pytree is differentiated; the backbone is an argument t
 """
 
 import dataclasses
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -19,8 +20,9 @@ from vpt_jax.data import augment
 from vpt_jax.data.preprocess import Preprocess, normalise
 from vpt_jax.errors import UsageError
 from vpt_jax.methods import Method, forward
+from vpt_jax.methods.base import features
 from vpt_jax.training import optimizer as optimizers
-from vpt_jax.training.schedule import warmup_cosine
+from vpt_jax.training import schedule as schedules
 
 PyTree = Any
 
@@ -41,6 +43,7 @@ class Program:
       label_smoothing: in [0, 1).
       mixup: alpha of the Beta distribution, 0 for none.
       precision: 'float32' (highest matmul precision) or 'bfloat16' (backbone and activations).
+      schedule: a name of `schedule.NAMES`.
     """
 
     model: Any
@@ -55,11 +58,17 @@ class Program:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     precision: str = 'float32'
+    schedule: str = 'cosine'
 
     def transformation(self, learning_rate: float = 0.0, weight_decay: float | None = None):
         """The optax optimizer; the rates matter only for the state that its `init` makes."""
         decay = float(self.decays) if weight_decay is None else weight_decay
         return optimizers.build(self.optimizer, learning_rate, decay, self.momentum, self.bias_multiplier)
+
+    @property
+    def pixels(self) -> tuple:
+        """(mean, std) by which images in [0, 1] are normalised."""
+        return self.preprocess.mean, self.preprocess.std
 
     def compute_model(self) -> Any:
         """The backbone computing in the program's precision."""
@@ -110,11 +119,27 @@ def init_state(program: Program, params: PyTree, *, seed: int, learning_rate: fl
     return TrainState(
         step=jnp.zeros([], jnp.int32),
         prompts=prompts,
-        state=_strong(program.method.init_state(program.model)),
+        state=_strong(program.method.init_state(program.model, program.num_classes, jax.random.fold_in(key, 1))),
         opt_state=program.transformation(learning_rate, weight_decay).init(prompts),
         seed=jnp.asarray(seed, jnp.uint32),
         schedule={name: jnp.asarray(value, jnp.float32) for name, value in schedule.items()},
     )
+
+
+def look_at_images(program: Program, state: TrainState, params: PyTree, images: Any) -> TrainState:
+    """The state before the first step, with prompts that the method makes of training images (`Method.init_from`).
+
+    Args:
+      program: what will be trained.
+      state: from `init_state`.
+      params: the backbone's weights, as the module stores them.
+      images: as `Method.init_from` takes them.
+    """
+    key = jax.random.fold_in(jax.random.key(state.seed), 0)
+    precision = 'highest' if program.precision == 'float32' else 'default'
+    with jax.default_matmul_precision(precision):
+        prompts = program.method.init_from(key, program.model, program.model.canonical(params), state.prompts, images)
+    return state.replace(prompts=_strong(prompts))
 
 
 def _strong(tree: PyTree) -> PyTree:
@@ -125,6 +150,13 @@ def _strong(tree: PyTree) -> PyTree:
 def data_mesh() -> Mesh:
     """All devices of all processes along one axis, `data`."""
     return jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
+
+
+def trial_mesh(trials: int) -> Mesh:
+    """All devices along `trial` as far as they divide the number of trials, the rest along `data`."""
+    across = math.gcd(trials, jax.device_count())
+    shape = (across, jax.device_count() // across)
+    return jax.make_mesh(shape, ('trial', 'data'), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -159,6 +191,39 @@ def train_step(program: Program, mesh: Mesh):
       step(params, state, batch) -> (state, metrics). `state` is donated. `batch` has `image` uint8 [B, S, S, 3],
       `label` int32 [B] and `weight` float32 [B]; metrics are the scalars `loss`, `accuracy` and `learning_rate`.
     """
+    return _compile(_train(program), program, mesh, donate=(1,))
+
+
+@lru_cache(maxsize=16)
+def trials_step(program: Program, mesh: Mesh, shared: bool):
+    """Compiles the train step of several trials at once: one frozen backbone, a leading axis of trials on the rest.
+
+    Args:
+      program: what every trial runs; rates, decays, seeds and schedules are part of each trial's state.
+      mesh: with the axes `trial` and `data` (`trial_mesh`).
+      shared: whether all trials see the same batch (they do if their seeds are equal).
+
+    Returns:
+      step(params, states, batch) -> (states, metrics), as `train_step` with a leading axis K on every array of
+      `states` and `metrics`, and on those of `batch` unless it is shared.
+    """
+    step = jax.vmap(_train(program), in_axes=(None, 0, None if shared else 0))
+    return _compile(step, program, mesh, donate=(1,), state=('trial',), batch=_batch_axes(shared))
+
+
+@lru_cache(maxsize=16)
+def trials_eval_step(program: Program, mesh: Mesh):
+    """Compiles `eval_step` for several trials on one batch; every result has a leading axis K."""
+    step = jax.vmap(_evaluate(program), in_axes=(None, 0, None))
+    return _compile(step, program, mesh, state=('trial',), batch=_batch_axes(True))
+
+
+def _batch_axes(shared: bool) -> tuple[str, ...]:
+    return ('data',) if shared else ('trial', 'data')
+
+
+def _train(program: Program):
+    """The train step as a plain function."""
     model, method = program.compute_model(), program.method
     transformation = program.transformation()
 
@@ -169,15 +234,12 @@ def train_step(program: Program, mesh: Mesh):
 
         def loss_fn(prompts):
             logits, carried = forward(model, method, params, prompts, images, state=state.state, train=True, key=key,
-                                      weight=batch['weight'])  # fmt: skip
+                                      weight=batch['weight'], pixels=program.pixels)  # fmt: skip
             logits = logits.astype(jnp.float32)
             return weight @ optax.softmax_cross_entropy(logits, targets), (logits, carried)
 
         (loss, (logits, carried)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.prompts)
-        epoch = state.step / state.schedule['steps_per_epoch']
-        epoch = epoch if program.per_step else jnp.floor(epoch)
-        factor = warmup_cosine(epoch, state.schedule['warmup_epochs'], state.schedule['epochs'])
-        rate = state.schedule['learning_rate'] * factor
+        rate = schedules.rate(program.schedule, state.step, **state.schedule, per_step=program.per_step)
         opt_state = optimizers.with_learning_rate(state.opt_state, rate)
         updates, opt_state = transformation.update(grads, opt_state, state.prompts)
         hit = logits.argmax(-1) == batch['label']
@@ -185,7 +247,7 @@ def train_step(program: Program, mesh: Mesh):
         prompts = optax.apply_updates(state.prompts, updates)
         return state.replace(step=state.step + 1, prompts=prompts, state=carried, opt_state=opt_state), metrics
 
-    return _compile(step, program, mesh, donate=(1,))
+    return step
 
 
 @lru_cache(maxsize=16)
@@ -196,17 +258,37 @@ def eval_step(program: Program, mesh: Mesh):
       step(params, (prompts, state), batch) -> dict of sums over the batch's examples: `loss`, and per class
       `correct` [C] and `count` [C]; and `logits` float32 [B, C].
     """
+    return _compile(_evaluate(program), program, mesh)
+
+
+def _evaluate(program: Program):
+    """The evaluation step as a plain function."""
     model, method = program.compute_model(), program.method
 
     def step(params, trained, batch):
         prompts, state = trained
         images = normalise(batch['image'], program.preprocess.mean, program.preprocess.std)
-        logits, _ = forward(model, method, params, prompts, images, state=state)
+        logits, _ = forward(model, method, params, prompts, images, state=state, pixels=program.pixels)
         logits = logits.astype(jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
         labels = jax.nn.one_hot(batch['label'], program.num_classes) * batch['weight'][:, None]
         hit = (logits.argmax(-1) == batch['label']).astype(jnp.float32)
         return {'loss': batch['weight'] @ loss, 'correct': hit @ labels, 'count': labels.sum(0), 'logits': logits}
+
+    return step
+
+
+@lru_cache(maxsize=16)
+def observe_step(program: Program, mesh: Mesh):
+    """Compiles step(params, (prompts, state), batch) -> what the method observes of a batch (`Method.observe`)."""
+    model, method = program.compute_model(), program.method
+
+    def step(params, trained, batch):
+        prompts, state = trained
+        images = normalise(batch['image'], program.preprocess.mean, program.preprocess.std)
+        found, ctx = features(model, method, params, prompts, images, state=state, weight=batch['weight'],
+                              pixels=program.pixels)  # fmt: skip
+        return method.observe(prompts, found, batch['label'], ctx)
 
     return _compile(step, program, mesh)
 
@@ -223,16 +305,18 @@ def feature_step(program: Program, mesh: Mesh):
     return _compile(step, program, mesh)
 
 
-def _compile(step, program: Program, mesh: Mesh, donate: tuple[int, ...] = ()):
-    replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec('data'))
+def _compile(step, program: Program, mesh: Mesh, donate: tuple[int, ...] = (), state: tuple[str, ...] = (),
+             batch: tuple[str, ...] = ('data',)):  # fmt: skip
+    """Jits step(params, state, batch) with the mesh axes that split the leading axes of state and batch."""
+    replicated, along = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(*state))
+    split = NamedSharding(mesh, PartitionSpec(*batch))
     precision = 'highest' if program.precision == 'float32' else 'default'
 
     def traced(*args):
         with jax.default_matmul_precision(precision):
             return step(*args)
 
-    return jax.jit(traced, donate_argnums=donate, in_shardings=(replicated, replicated, split),
-                   out_shardings=replicated)  # fmt: skip
+    return jax.jit(traced, donate_argnums=donate, in_shardings=(replicated, along, split), out_shardings=along)
 
 
 def _prepare(program: Program, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""VPT, VAPT and VPT's baselines on a Google ViT: features, gradients and five steps of gradient descent."""
+"""VPT, VAPT and VPT's baselines on Google ViTs and ConvNets: features, gradients, five steps of gradient descent."""
 
 from typing import Any
 
@@ -9,19 +9,22 @@ from flax.traverse_util import flatten_dict
 
 from tests.parity.case import Case, Report, Unsupported
 from tests.parity.options import known_transfer_type, transfer_type
-from tests.parity.prompted import Prompted, prepare, references
+from tests.parity.prompted import Prompted, in_vits_names, prepare, references
 
 ATOL, GRAD_RTOL, LOSSES_RTOL = 2e-5, 1e-4, 1e-3
+_CONVNETS, _VITS = ('resnet', 'convnext'), (None, 'mae', 'moco')
 
 
 def claims(case: Case) -> bool:
-    """Cases that name a transfer type of VPT and VPT's options, and no other backbone."""
-    plain = 'options' in case.config and 'optimizer' not in case.config
-    return plain and 'backbone' not in case.config and known_transfer_type(transfer_type(case))
+    """Cases that name a transfer type of VPT and VPT's options; on a ConvNet, a location of prompts instead."""
+    plain = 'options' in case.config and 'optimizer' not in case.config and case.config.get('backbone') in _VITS
+    convnet = case.config.get('backbone') in _CONVNETS and 'location' in case.config
+    return (plain or convnet) and known_transfer_type(transfer_type(case))
 
 
 def run(case: Case, report: Report) -> None:
     """Compares everything that the case holds."""
+    case = in_vits_names(case)
     prompted = prepare(case)
     step = prompted.value_and_grad()
     images, labels = jnp.asarray(case.arrays['in/images']), jnp.asarray(case.arrays['in/labels'])

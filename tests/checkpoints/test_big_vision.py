@@ -1,7 +1,6 @@
 import functools
 import json
 import pathlib
-import zipfile
 
 import jax
 import ml_dtypes
@@ -9,10 +8,12 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from vpt_jax.checkpoints import google_npz
+from vpt_jax.checkpoints import atomic, containers, scheme
+from vpt_jax.checkpoints.schemes import big_vision
+from vpt_jax.checkpoints.source import ArraySource
 from vpt_jax.errors import UsageError
 from vpt_jax.models import zoo
-from vpt_jax.models.loading import match
+from vpt_jax.models.loading import build, check_names
 from vpt_jax.models.places import Places
 from vpt_jax.models.transformer import stack_blocks
 from vpt_jax.models.vit import ViT
@@ -56,6 +57,18 @@ def assert_same(tree: dict, flat: dict[str, np.ndarray]):
     for name, array in flat.items():
         assert got[name].dtype == array.dtype, name
         np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+def contents(path, **hints):
+    """The plan for a file."""
+    with containers.opened(path) as file:
+        return scheme.port(file, hints=hints)[1]
+
+
+def read(path, **hints):
+    """A file's weights in canonical names."""
+    with containers.opened(path) as file:
+        return scheme.load(*scheme.port(file, hints=hints))
 
 
 def google(flat):
@@ -103,25 +116,34 @@ def test_vpt_reads_the_same_network(tmp_path):
     config = json.loads((FIXTURES / 'posemb_zoom_a.json').read_text())['config']
     weights = {name.removeprefix('backbone/'): case[name] for name in case.files if name.startswith('backbone/')}
     np.savez(tmp_path / 'vit.npz', **weights)
-    backbone = zoo.load_backbone(tmp_path / 'vit.npz', image_size=config['image_size'])
+    backbone = zoo.load_backbone(tmp_path / 'vit.npz', image_size=config['image_size'], activation='gelu')
     assert backbone.model.posemb_prefix == 1 and backbone.params['pos_embedding'].shape[1] == 37
     prompts = case['method/enc.transformer.prompt_embeddings']
     assert_close(features(backbone, case['in/images'], Shallow(), prompts), case['out/features'])
 
 
 @pytest.mark.parametrize('container', ['', 'params/', 'opt/target/'])
-@pytest.mark.parametrize('scheme', [dict, google, scanned], ids=['canonical', 'google', 'scan'])
-def test_every_scheme_in_every_container(tmp_path, scheme, container):
+@pytest.mark.parametrize('spelling', [dict, google, scanned], ids=['canonical', 'google', 'scan'])
+def test_every_spelling_in_every_container(tmp_path, spelling, container):
     flat = tiny()
-    stored = {container + name: array for name, array in scheme(flat).items()}
+    stored = {container + name: array for name, array in spelling(flat).items()}
     stored[f'{container}head/kernel'] = np.zeros((8, 3), np.float32)
     if container:
         stored['opt/state/step'] = stored['chrono/seconds'] = np.int32(3)
     np.savez(tmp_path / 'vit.npz', **stored)
-    assert_same(google_npz.read(tmp_path / 'vit.npz'), flat)
-    ignored = {f'{container}head/kernel'} | ({'opt/state/step', 'chrono/seconds'} if container else set())
-    assert set(google_npz.contents(tmp_path / 'vit.npz').ignored) == ignored
-    assert 'head' in google_npz.read(tmp_path / 'vit.npz', keep=['head'])
+    assert_same(read(tmp_path / 'vit.npz'), flat)
+    ignored = {f'{container}head/kernel': 'task head'}
+    ignored |= {'opt/state/step': 'optimizer state', 'chrono/seconds': 'training clock'} if container else {}
+    assert contents(tmp_path / 'vit.npz').ignored == ignored
+
+
+def test_the_pre_logits_layer_is_read_when_asked_for(tmp_path):
+    flat = tiny(depth=1, pre_logits=5)
+    np.savez(tmp_path / 'vit.npz', **flat)
+    assert 'pre_logits' not in read(tmp_path / 'vit.npz')
+    assert contents(tmp_path / 'vit.npz').ignored.keys() == {'pre_logits/kernel', 'pre_logits/bias'}
+    assert_same(read(tmp_path / 'vit.npz', pre_logits=5), flat)
+    assert contents(tmp_path / 'vit.npz', pre_logits=5).settings['pre_logits'] == 5
 
 
 def test_older_big_vision_spellings(tmp_path):
@@ -129,12 +151,12 @@ def test_older_big_vision_spellings(tmp_path):
     old = {name.removeprefix('MAPHead_0/'): array for name, array in flat.items()}
     old['Transformer/pos_embedding'] = old.pop('pos_embedding')
     np.savez(tmp_path / 'vit.npz', **old)
-    assert_same(google_npz.read(tmp_path / 'vit.npz'), flat)
+    assert_same(read(tmp_path / 'vit.npz'), flat)
 
 
 def test_blocks_come_in_order(tmp_path):
     np.savez(tmp_path / 'vit.npz', **dict(sorted(tiny(depth=11).items())))
-    tree = google_npz.read(tmp_path / 'vit.npz')
+    tree = read(tmp_path / 'vit.npz')
     blocks = [name for name in tree['Transformer'] if name.startswith('encoderblock_')]
     assert blocks == [f'encoderblock_{i}' for i in range(11)]
 
@@ -150,25 +172,31 @@ def test_blocks_come_in_order(tmp_path):
 ])  # fmt: skip
 def test_settings_rebuild_the_model(changes):
     flat = tiny(**changes)
-    model = ViT(**google_npz.settings(traverse_util.unflatten_dict(flat, sep='/')))
+    found = scheme.port(ArraySource(flat), hints=changes)[1].settings
+    model = ViT(**found)
     want = {'width': 8, 'mlp_dim': 12, 'heads': 2, 'patch_size': 2, 'image_size': 6, **changes}
     assert {name: getattr(model, name) for name in want} == want
 
 
 def test_settings_without_position_embedding():
-    found = google_npz.settings(traverse_util.unflatten_dict(tiny(posemb='none'), sep='/'))
+    source = ArraySource(tiny(posemb='none'), 'x.npz')
+    found = scheme.port(source, hints={'posemb': 'sincos2d'})[1].settings
     assert found['posemb'] == 'none' and 'image_size' not in found
+    with pytest.raises(UsageError, match=r"x.npz has no 'pos_embedding': give posemb='sincos2d' if"):
+        scheme.port(source)
+    with pytest.raises(UsageError, match="has no 'embedding/bias': give patch_bias=False if"):
+        scheme.port(ArraySource(tiny(patch_bias=False)))
 
 
 @pytest.mark.parametrize('dtype', [None, 'float32', 'float16', 'bfloat16'])
 def test_write_then_read(tmp_path, dtype):
     flat = tiny()
     path = tmp_path / 'new' / 'vit.npz'
-    google_npz.write(path, stack_blocks(traverse_util.unflatten_dict(flat, sep='/')), dtype)
-    stored = google_npz.STORAGE[dtype or 'float32']
-    assert_same(google_npz.read(path), {name: array.astype(stored) for name, array in flat.items()})
+    big_vision.write(path, stack_blocks(traverse_util.unflatten_dict(flat, sep='/')), dtype)
+    stored = big_vision.STORAGE[dtype or 'float32']
+    assert_same(read(path), {name: array.astype(stored) for name, array in flat.items()})
     first = path.read_bytes()
-    google_npz.write(path, traverse_util.unflatten_dict(dict(reversed(flat.items())), sep='/'), dtype)
+    big_vision.write(path, traverse_util.unflatten_dict(dict(reversed(flat.items())), sep='/'), dtype)
     assert path.read_bytes() == first
     assert [p.name for p in path.parent.iterdir()] == ['vit.npz']
 
@@ -176,84 +204,64 @@ def test_write_then_read(tmp_path, dtype):
 def test_bfloat16_is_viewed_not_cast(tmp_path):
     flat = {name: array.astype(ml_dtypes.bfloat16) for name, array in tiny(depth=1).items()}
     np.savez(tmp_path / 'vit.npz', **{name: array.view('V2') for name, array in flat.items()})
-    assert_same(google_npz.read(tmp_path / 'vit.npz'), flat)
+    assert_same(read(tmp_path / 'vit.npz'), flat)
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / 'vit.npz'
     path.write_bytes(b'old')
     with pytest.raises(UsageError, match='unknown storage dtype'):
-        google_npz.write(path, {}, 'int8')
-    with pytest.raises(RuntimeError), google_npz.atomic.replacing(path) as file:
+        big_vision.write(path, {}, 'int8')
+    with pytest.raises(RuntimeError), atomic.replacing(path) as file:
         file.write(b'half')
         raise RuntimeError
     assert path.read_bytes() == b'old' and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UsageError, match='cannot write'):
-        google_npz.write(path / 'below' / 'vit.npz', {})
+        big_vision.write(path / 'below' / 'vit.npz', {})
 
 
-def test_match_casts_and_resamples():
-    tree = traverse_util.unflatten_dict({k: v.astype(ml_dtypes.bfloat16) for k, v in tiny().items()}, sep='/')
-    fitted = match(tree, shapes(image_size=10), 'x.npz')
-    assert fitted['pos_embedding'].shape == (1, 26, 8)
-    assert {leaf.dtype for leaf in jax.tree.leaves(fitted)} == {np.dtype('float32')}
-    np.testing.assert_array_equal(fitted['pos_embedding'][:, 0], tree['pos_embedding'][:, 0].astype(np.float32))
+def test_loading_casts_and_resamples():
+    flat = {name: array.astype(ml_dtypes.bfloat16) for name, array in tiny().items()}
+    _, params = build(*scheme.port(ArraySource(flat)), image_size=10)
+    assert params['pos_embedding'].shape == (1, 26, 8)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype('float32')}
+    np.testing.assert_array_equal(params['pos_embedding'][:, 0], flat['pos_embedding'][:, 0].astype(np.float32))
+    _, params = build(*scheme.port(ArraySource(tiny())), dtype='bfloat16')
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(ml_dtypes.bfloat16)}
 
 
-@pytest.mark.parametrize(('file', 'model', 'prefix', 'message'), [
-    ({'depth': 1}, {}, 1, rf"x.npz .* it lacks '{BLOCK}1/LayerNorm_0/bias' and 15 more$"),
-    ({'depth': 3}, {}, 1, rf"holds '{BLOCK}2/LayerNorm_0/bias' and 15 more that the model has no place for$"),
-    ({'pool': 'map'}, {'fc_norm': True}, 1, r"lacks 'fc_norm/bias' and 1 more; it holds 'MAPHead_0/"),
-    ({'mlp_dim': 16}, {}, 1, r"MlpBlock_0/Dense_0/.* has shape \[.*16\] where the model has \[.*12\] \(and 5 more"),
-    ({'width': 16}, {}, 1, r'where the model has'),
-    ({'posemb_prefix': 0}, {}, 1, r'9 position embeddings where the model has 10.*posemb_prefix=1'),
+@pytest.mark.parametrize(('file', 'model', 'message'), [
+    ({'depth': 1}, {}, rf"x.npz .* it lacks '{BLOCK}1/LayerNorm_0/bias' and 15 more$"),
+    ({'depth': 3}, {}, rf"holds '{BLOCK}2/LayerNorm_0/bias' and 15 more that the model has no place for$"),
+    ({'pool': 'map'}, {'fc_norm': True}, r"lacks 'fc_norm/bias' and 1 more; it holds 'MAPHead_0/"),
+    ({'mlp_dim': 16}, {}, r"MlpBlock_0/Dense_0/.* has shape \[.*16\] where the model has \[.*12\] \(and 5 more"),
+    ({'width': 16}, {}, r'where the model has'),
 ])  # fmt: skip
-def test_match_says_what_does_not_fit(file, model, prefix, message):
-    tree = traverse_util.unflatten_dict(tiny(**file), sep='/')
+def test_loading_says_what_does_not_fit(file, model, message):
     with pytest.raises(UsageError, match=message):
-        match(tree, shapes(**model), 'x.npz', prefix=prefix)
+        check_names(tiny(**file), traverse_util.flatten_dict(shapes(**model), sep='/'), 'x.npz')
+
+
+def test_positions_that_are_no_grid_are_not_resampled():
+    source = ArraySource(tiny(posemb_prefix=0), 'x.npz')
+    with pytest.raises(UsageError, match=r'9 position embeddings where the model has 10.*posemb_prefix=1'):
+        build(*scheme.port(source), posemb_prefix=1)
+
+
+def test_a_scan_of_the_wrong_depth(tmp_path):
+    flat = scanned(tiny(depth=3))
+    with pytest.raises(UsageError, match=rf"it lacks '{BLOCK}3/LayerNorm_0/bias' and 15 more"):
+        build(*scheme.port(ArraySource(flat)), depth=4)
+    name = 'Transformer/encoderblock/LayerNorm_0/scale'
+    flat[name] = flat[name][:2]
+    np.savez(tmp_path / 'vit.npz', **flat)
+    refused(tmp_path / 'vit.npz', rf"stacks different numbers of blocks in '.*' and '{name}'")
 
 
 def refused(path, message):
-    for reader in (google_npz.read, google_npz.contents):
-        with pytest.raises(UsageError, match=message) as caught:
-            reader(path)
-        assert str(path) in str(caught.value)
-
-
-def test_files_that_are_no_npz(tmp_path, monkeypatch):
-    path = tmp_path / 'vit.npz'
-    monkeypatch.chdir(tmp_path)
-    refused(pathlib.Path('vit.npz'), rf'no file vit.npz \(looked for {path}\)')
-    refused(tmp_path, 'is a folder')
-    path.write_bytes(b'')
-    refused(path, 'is empty')
-    path.write_bytes(b'<html>not found</html>')
-    refused(path, 'not an .npz file')
-    with open(path, 'wb') as file:
-        np.save(file, np.zeros(3))
-    refused(path, 'not an .npz file')
-    with zipfile.ZipFile(path, 'w') as archive:
-        archive.writestr('photo.jpg', b'x')
-    refused(path, "zip archive but not an .npz file: it holds 'photo.jpg'")
-    with zipfile.ZipFile(path, 'w') as archive:
-        archive.writestr('archive/data.pkl', b'x')
-    refused(path, 'PyTorch pickle, which vpt_jax never unpickles')
-    with zipfile.ZipFile(path, 'w'):
-        pass
-    refused(path, 'it holds nothing')
-
-
-def test_damaged_files(tmp_path):
-    path = tmp_path / 'vit.npz'
-    np.savez(path, **tiny(depth=1))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    refused(path, 'cut short or damaged')
-    at = whole.index(b'NUMPY', len(whole) // 2) + 200
-    path.write_bytes(whole[:at] + b'\xff\xff' + whole[at + 2 :])
-    with pytest.raises(UsageError, match=r'is damaged: .* cannot be read'):
-        google_npz.read(path)
+    with pytest.raises(UsageError, match=message) as caught:
+        contents(path)
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
@@ -270,12 +278,14 @@ def test_other_contents_are_refused(tmp_path, changes, message):
     refused(tmp_path / 'vit.npz', message)
 
 
-def test_other_architectures_are_refused(tmp_path):
+def test_other_contents_are_no_vit(tmp_path):
     path = tmp_path / 'other.npz'
-    np.savez(path, **{'resnet/root_block/standardized_conv2d/kernel': np.zeros((7, 7, 3, 4))})
-    refused(path, "has no 'embedding/kernel', and it holds 'resnet/root_block")
-    np.savez(path, **{f'params/img/{name}': array for name, array in tiny(depth=1).items()}, **{'params/t': np.ones(1)})
-    refused(path, r'several towers \(img\)')
+    np.savez(path, **{'layers/0/kernel': np.zeros((7, 4))})
+    refused(path, "does not hold a network of any scheme that vpt_jax knows: it has 1 arrays, .* 'layers/0/kernel'")
+    np.savez(path, **{f'img/{name}': array for name, array in tiny(depth=1).items()}, **{'t': np.ones(1)})
+    assert contents(path).ignored == {'t': 'not part of the network'}
+    with pytest.raises(UsageError, match="holds no 'txt': its top-level names are img, t"):
+        contents(path, tower='txt')
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])
@@ -283,18 +293,16 @@ def test_other_architectures_are_refused(tmp_path):
 def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
     flat = {name: array.astype(dtype) for name, array in tiny(depth=1).items()}
     flat['Transformer/encoder_norm/scale'][3] = value
-    google_npz.write(tmp_path / 'vit.npz', traverse_util.unflatten_dict(flat, sep='/'))
+    big_vision.write(tmp_path / 'vit.npz', traverse_util.unflatten_dict(flat, sep='/'))
     with pytest.raises(UsageError, match="'Transformer/encoder_norm/scale' holds values that are not finite"):
-        google_npz.read(tmp_path / 'vit.npz')
+        read(tmp_path / 'vit.npz')
 
 
-def test_settings_refuse_what_is_no_vit():
+def test_shapes_that_are_no_vit():
     flat = tiny(depth=1)
     flat['pos_embedding'] = flat['pos_embedding'][:, :8]
     with pytest.raises(UsageError, match=r'x.npz has 8 position embeddings, which is no square grid'):
-        google_npz.settings(traverse_util.unflatten_dict(flat, sep='/'), 'x.npz')
+        scheme.port(ArraySource(flat, 'x.npz'))
     flat['embedding/kernel'] = flat['embedding/kernel'][:1]
     with pytest.raises(UsageError, match='patches of 1x2 pixels'):
-        google_npz.settings(traverse_util.unflatten_dict(flat, sep='/'))
-    with pytest.raises(UsageError, match="has no 'embedding/kernel'"):
-        google_npz.settings({})
+        scheme.port(ArraySource(flat))

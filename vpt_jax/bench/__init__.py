@@ -1,0 +1,1 @@
+"""How fast a prompted network trains and evaluates: `python -m vpt_jax.bench`."""
