@@ -5,5 +5,5 @@ from vpt_jax.training import config as c
 
 def get_config(arg=None):
     config = c.default(arg, base_lr=2.5, weight_decay=1e-3, batch_size=1024, digits={'batch_size': 64, 'epochs': 100})
-    config.method = c.method('linear')
+    config.method, config.sweep.grid = c.method('linear'), 'linear'
     return config

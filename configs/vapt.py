@@ -8,5 +8,6 @@ from vpt_jax.training import config as c
 
 def get_config(arg=None):
     config = c.default(arg, base_lr=2.5, weight_decay=1e-3, digits={'base_lr': 0.5})
+    config.sweep.ties = 'larger'  # its search keeps the first of equals, walking down
     config.method = c.method('vapt', num_tokens=5, dropout=0.1)
     return config

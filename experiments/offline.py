@@ -1,99 +1,145 @@
-"""Compares methods on small datasets over the embedded backbone, without a network.
+"""Compares methods on local image sets by the published protocol, without a network.
 
-    python -m experiments.offline --sets=digits,folder:PATH,npz:FILE --methods=linear,vpt_deep,vapt --seeds=3
+    python -m experiments.offline --data=SETS --methods=linear,vpt_deep,vapt --seeds=3
 
-Every run has a folder under --workdir and is resumed or skipped when the command is given again. `linear` is the probe
-with its rate chosen on the validation split (`vpt_jax.training.probe`), so it has the better of the published protocol;
-other methods are `configs/METHOD.py` with what `RECIPES` says. The table is written as markdown and json.
+SETS is a folder of `.npz` files (see `vpt_jax.data.arrays`) and of image folders (see `vpt_jax.data.folder`); `--sets`
+picks some of them, and may name `digits`, the embedded one. For every method and set the settings are chosen on val and
+final runs on train and val are scored on test, as `vpt_jax.sweep` does on VTAB-1k; the grids are those of `RECIPES`.
+It can be stopped and given again at any point. Tables are written as markdown, csv and json for each method, and one
+for all of them.
 """
 
 import importlib
 import json
-import re
+import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
+
+if __name__ == '__main__':  # also as `python experiments/offline.py`
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from vpt_jax import cli
+from vpt_jax.checkpoints import atomic
+from vpt_jax.errors import UsageError, unknown
 from vpt_jax.models.zoo import load_backbone
-from vpt_jax.training import config as configs
-from vpt_jax.training import loop
-from vpt_jax.training.probe import linear_probe
+from vpt_jax.sweep import read_seeds
+from vpt_jax.training.sweep import label, sweep
+from vpt_jax.training.sweep_table import write_tables
+from vpt_jax.training.trials import changed
 
-SETS = flags.DEFINE_list('sets', 'digits', 'Datasets: digits, folder:PATH, npz:FILE.')
-METHODS = flags.DEFINE_list('methods', 'linear,vpt_deep,vapt', 'Names of files in configs/.')
-SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds 0 to this number less one.', lower_bound=1)
-BACKBONE = flags.DEFINE_string('backbone', 'tiny_vit64', 'Backbone of every run.')
-WORKDIR = flags.DEFINE_string('workdir', 'runs/offline', 'All runs and the tables go here.')
-
-#: Rates were picked on `digits` (VAPT) and `hds_orient8` (VPT-deep), once for all datasets; lengths by what two CPU
-#: cores do in an hour. On so small a network the published SGD takes deep prompts about twice as many epochs as AdamW.
+#: What differs from the configs in `configs/`: grids and lengths that two CPU cores get through in hours. On so small a
+#: network the published SGD takes deep prompts about twice as many epochs as AdamW. `linear` is as published.
 RECIPES = {
-    'vpt_deep': {'optim.name': 'adamw', 'optim.lr': 1.0, 'train.batch_size': 8, 'train.epochs': 15},
-    'vapt': {'optim.lr': 0.5, 'train.batch_size': 4, 'train.epochs': 12},
-}
-#: The embedded default task gets more.
-EPOCHS_ON_DIGITS = {'vpt_deep': 30, 'vapt': 24}
+    'vpt_deep': {'optim.name': 'adamw', 'train.batch_size': 8, 'train.epochs': 15, 'train.warmup_epochs': 2,
+                 'sweep.lr': (2.0, 1.0, 0.5), 'sweep.weight_decay': (0.001,)},
+    'vapt': {'train.batch_size': 4, 'train.epochs': 12, 'train.warmup_epochs': 2,
+             'sweep.lr': (1.0, 0.5, 0.25), 'sweep.weight_decay': (0.001,)},
+}  # fmt: skip
+_GROUP = 'local sets'
 
 
-def short_name(dataset: str) -> str:
-    """A dataset's name for tables and folders: `folder:/x/cifar10` is `cifar10`."""
-    return re.sub(r'\.npz$', '', dataset.rsplit('/', 1)[-1].rsplit(':', 1)[-1])
+def find_sets(folder: str | None, wanted: list[str]) -> dict[str, str]:
+    """Dataset names of the sets in a folder.
+
+    Args:
+      folder: with `.npz` files and image folders; None if only `digits` is wanted.
+      wanted: names of some of them, or `digits`; empty for all.
+
+    Returns:
+      Dataset names as `data.load` takes them, by the set's name.
+
+    Raises:
+      UsageError: there is no such folder, or no such set.
+    """
+    found = {'digits': 'digits'}
+    if folder is not None:
+        root = Path(folder).expanduser()
+        if not root.is_dir():
+            raise UsageError(f'--data={folder} is no folder: give one with .npz files or image folders')
+        found |= {path.stem: f'npz:{path}' for path in sorted(root.glob('*.npz'))}
+        found |= {path.name: f'folder:{path}' for path in sorted(root.iterdir()) if _has_image_folders(path)}
+    for name in wanted:
+        if name not in found:
+            raise unknown('set', name, found)
+    names = wanted or [name for name in found if folder is None or name != 'digits']
+    if not names:
+        raise UsageError(f'--data={folder} has neither .npz files nor image folders')
+    return {name: found[name] for name in names}
 
 
-def one_run(dataset: str, method: str, seed: int, workdir: Path) -> dict:
-    """Runs one method once, or reads what an earlier call left: its accuracy in [0, 1], parameters and rate."""
-    folder = workdir / short_name(dataset) / f'{method}-{seed}'
-    done = folder / 'row.json'
-    if done.exists():
-        return json.loads(done.read_text())
-    config = importlib.import_module(f'configs.{method}').get_config(f'dataset={dataset},backbone={BACKBONE.value}')
-    config.seed = seed
-    if method == 'linear':
-        backbone = load_backbone(config.backbone)
-        preprocess = loop.default_preprocess(backbone)
-        data = loop.data.load(dataset, preprocess, seed=seed)
-        probe = linear_probe(backbone, data, preprocess, seed=seed)
-        row = {'accuracy': probe['test_accuracy'], 'parameters': probe['trained_parameters'], 'rate': None}
-    else:
-        config.update_from_flattened_dict({**RECIPES.get(method, {}), 'train.eval_batch_size': 64})
-        if dataset == 'digits':
-            config.train.epochs = EPOCHS_ON_DIGITS.get(method, config.train.epochs)
-        config.train.warmup_epochs = min(2, config.train.epochs - 1)
-        metrics = configs.run(config, folder)[0].metrics
-        row = {'accuracy': metrics['test_accuracy'], 'parameters': metrics['trained_parameters'],
-               'rate': metrics['train_images_per_second']}  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    done.write_text(json.dumps(row))
-    return row
+def _has_image_folders(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith('.') and any(sub.is_dir() for sub in path.iterdir())
 
 
-def table(rows: dict[str, dict[str, list[dict]]], methods: list[str]) -> str:
-    """Markdown: a line a dataset, mean and standard deviation over seeds of the test accuracy in percent."""
-    lines = ['| dataset | ' + ' | '.join(methods) + ' |', '| --- |' + ' --- |' * len(methods)]
-    for name, by_method in rows.items():
+def comparison(by_method: dict[str, list[dict]]) -> str:
+    """Markdown: a line a set, mean and deviation over seeds of the test accuracy in per cent for every method."""
+    methods = list(by_method)
+    lines = ['| set | classes | ' + ' | '.join(methods) + ' |', '| --- | --- |' + ' --- |' * len(methods)]
+    sums: dict[str, list[float]] = {method: [] for method in methods}
+    for rows in zip(*by_method.values(), strict=False):
         cells = []
-        for method in methods:
-            accuracy = 100 * np.array([row['accuracy'] for row in by_method[method]])
+        for method, row in zip(methods, rows, strict=True):
+            accuracy = 100 * np.array(row['test_accuracies'])
+            sums[method].append(accuracy.mean())
             cells.append(f'{accuracy.mean():.2f} ± {accuracy.std():.2f}')
-        lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+        lines.append(f'| {rows[0]["task"]} | {rows[0]["classes"]} | ' + ' | '.join(cells) + ' |')
+    if sums[methods[-1]]:
+        cells = [f'{np.mean(sums[method][: len(sums[methods[-1]])]):.2f}' for method in methods]
+        lines.append('| **mean** | | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 
 
-def main(_) -> None:
-    """Runs everything, prints and writes the table after each dataset."""
-    logging.set_verbosity(logging.WARNING)
-    workdir = Path(WORKDIR.value)
-    rows: dict[str, dict[str, list[dict]]] = {}
-    for dataset in SETS.value:
-        by_method = rows.setdefault(short_name(dataset), {})
-        for method in METHODS.value:
-            by_method[method] = [one_run(dataset, method, seed, workdir) for seed in range(SEEDS.value)]
-        (workdir / 'results.json').write_text(json.dumps(rows, indent=2) + '\n')
-        (workdir / 'results.md').write_text(table(rows, METHODS.value))
-        print(table(rows, METHODS.value), flush=True)
+def main(
+    data: str | None, sets: list[str], methods: list[str], seeds: str, backbone: str, workdir: str, epochs: int | None
+) -> None:
+    """Runs everything; prints each table as it grows, and the comparison at the end."""
+    tasks = {dataset: _GROUP for dataset in find_sets(data, sets).values()}
+    network = load_backbone(backbone)
+    by_method: dict[str, list[dict]] = {}
+    for method in methods:
+        try:
+            module = importlib.import_module(f'configs.{method}')
+        except ModuleNotFoundError as error:
+            known = [path.stem for path in (Path(__file__).parents[1] / 'configs').glob('*.py')]
+            raise unknown('method', method, known) from error
+        config = module.get_config(f'dataset={next(iter(tasks))},backbone={backbone}')
+        if config.dataset == 'digits':  # its own short recipe is not a protocol
+            config = module.get_config(f'dataset=npz:none,backbone={backbone}')
+        changes = {'train.eval_batch_size': 64, **RECIPES.get(method, {})}
+        if epochs is not None and method != 'linear':
+            changes |= {
+                'train.epochs': epochs,
+                'train.warmup_epochs': min(changes.get('train.warmup_epochs', 1), epochs - 1),
+            }
+        folder = Path(workdir) / method
+
+        def report(results: list[dict], method=method, folder=folder) -> None:
+            print('\n' + write_tables(folder, results, f'{method}, {backbone}'), flush=True)
+
+        by_method[method] = sweep(
+            changed(config, changes), tasks, folder, seeds=read_seeds(seeds), backbone=network, report=report
+        )
+    text = comparison(by_method)
+    for name, content in (('results.md', text), ('results.json', json.dumps(by_method, indent=2) + '\n')):
+        with atomic.replacing(Path(workdir) / name) as file:
+            file.write(content.encode())
+    print(text)
+
+
+def _flags() -> list[flags.FlagHolder]:
+    text, names = flags.DEFINE_string, flags.DEFINE_list
+    return [
+        text('data', None, 'folder of .npz files and image folders'),
+        names('sets', [], 'names of some of them, or digits; by default all'),
+        names('methods', ['linear', 'vpt_deep', 'vapt'], 'names of files in configs/'),
+        text('seeds', '3', 'how many of the published seeds, or a list of seeds'),
+        text('backbone', 'tiny_vit64', 'backbone of every run'),
+        text('workdir', 'runs/offline', 'everything is written here'),
+        flags.DEFINE_integer('epochs', None, 'instead of the recipes, except for linear', lower_bound=2),
+    ]
 
 
 if __name__ == '__main__':
-    app.run(lambda argv: cli.guarded(lambda: main(argv))())
+    cli.run_with_flags(main, __doc__, _flags())

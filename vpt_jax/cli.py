@@ -52,20 +52,36 @@ def _say(message: object, code: int) -> int:
     return code
 
 
-def run_with_config(main: Callable, description: str) -> None:
+def run_with_config(
+    main: Callable,
+    description: str,
+    holders: Sequence[flags.FlagHolder] = (),
+    place: Callable[[str, ConfigDict], str] = lambda name, config: f'runs/{name}',
+) -> None:
     """Runs `main(config, workdir)` with `--config FILE[:args]`, `--config.field=value` and `--workdir DIR`.
 
     A misspelt field or file is answered with one sentence and exit code 2.
+
+    Args:
+      main: the program.
+      description: for `--help`.
+      holders: other flags of the program, given to `main` by name.
+      place: the default of `--workdir`, from the config file's name and the config.
     """
     config = config_flags.DEFINE_config_file('config', None, 'A config file, FILE.py or FILE.py:name=value,...')
     workdir = flags.DEFINE_string('workdir', None, 'Everything the run writes goes here; by default runs/CONFIG.')
     flags.mark_flag_as_required('config')
 
     def start() -> None:
-        name = config_flags.get_config_filename(flags.FLAGS['config']).rsplit('/', 1)[-1].removesuffix('.py')
-        main(config.value, workdir.value or f'runs/{name}')
+        given = {holder.name: holder.value for holder in holders}
+        main(config.value, workdir.value or place(config_name(), config.value), **given)
 
     _run(lambda arguments: start(), description, takes_arguments=False)
+
+
+def config_name() -> str:
+    """Name of the config file that was given, without its ending."""
+    return Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
 
 
 def run_with_flags(

@@ -39,11 +39,8 @@ def main(
     unreadable: list[str] = []
     records = []
     with contextlib.closing(cli.ImageCounter(len(paths))) as progress:
-        for chunk, decoded, kept in _decoded(paths, trained.preprocess, predictor.batch_size):
-            for i in sorted(set(range(len(chunk))) - set(kept)):
-                why = 'not an image, or damaged' if Path(chunk[i]).exists() else 'no such file'
-                print(f'cannot read {chunk[i]}: {why}', file=sys.stderr, flush=True)
-                unreadable.append(chunk[i])
+        for chunk, decoded, kept in decode_chunks(paths, trained.preprocess, predictor.batch_size):
+            unreadable += name_unreadable(chunk, kept)
             best = top_classes(predictor.probabilities(decoded), trained.class_names, top)
             for i, classes in zip(kept, best, strict=True):
                 print('\t'.join([chunk[i], *(f'{name} {p:.4f}' for name, p in classes)]))
@@ -93,7 +90,18 @@ def _walk(root: str) -> Iterator[str]:
                 yield os.path.join(folder, name)
 
 
-def _decoded(paths: list[str], preprocess: Preprocess, size: int) -> Iterator[tuple[list[str], Sequence, list[int]]]:
+def name_unreadable(chunk: list[str], kept: list[int]) -> list[str]:
+    """The paths of a chunk that are not among the kept ones, each of which is named on stderr."""
+    unreadable = [path for i, path in enumerate(chunk) if i not in kept]
+    for path in unreadable:
+        why = 'not an image, or damaged' if Path(path).exists() else 'no such file'
+        print(f'cannot read {path}: {why}', file=sys.stderr, flush=True)
+    return unreadable
+
+
+def decode_chunks(
+    paths: list[str], preprocess: Preprocess, size: int
+) -> Iterator[tuple[list[str], Sequence, list[int]]]:
     """(paths, decoded images, indices of the readable ones) of each chunk; the next is decoded in the meantime."""
 
     def decode(chunk: list[str]):

@@ -226,7 +226,7 @@ def test_loading_casts_and_resamples():
     assert params['pos_embedding'].shape == (1, 26, 8)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype('float32')}
     np.testing.assert_array_equal(params['pos_embedding'][:, 0], flat['pos_embedding'][:, 0].astype(np.float32))
-    _, params = build(*scheme.port(ArraySource(tiny())), dtype='bfloat16')
+    _, params = build(*scheme.port(ArraySource(tiny())), param_dtype='bfloat16')
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(ml_dtypes.bfloat16)}
 
 

@@ -93,7 +93,7 @@ def test_shares_out_of_range_are_refused(ratio):
 
 
 def test_keeping_none_is_refused():
-    with pytest.raises(UsageError, match='keeping 0.01 of 6 prompts leaves none'):
+    with pytest.raises(UsageError, match=r'keeping 0\.01 of 6 prompts leaves none'):
         keep([np.ones(3), np.ones(3)], 0.01)
 
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_condensed_is_refused(tiny):
     for settings in ({'shared': True}, {'last_layers_overwriting_patches': 2}, {'pool': 'prompt_pool'}):
         with pytest.raises(UsageError, match='cannot be condensed'):
             condense(VPT(num_tokens=3, deep=True, **settings), {}, KEPT)
-    with pytest.raises(UsageError, match='one set of VPT prompts .vpt, spt or condensed., got linear'):
+    with pytest.raises(UsageError, match=r'one set of VPT prompts \(vpt, spt or condensed\), got linear'):
         prompts_of(Linear())
     with pytest.raises(UsageError, match='kept has 2 numbers, but the backbone has 3 prompted blocks'):
         Condensed(deep=True, kept=(1, 2)).check(tiny.model)

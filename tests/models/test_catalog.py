@@ -3,15 +3,22 @@
 import functools
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from flax import traverse_util
 
-from vpt_jax.checkpoints import fetch, scheme
+import vpt_jax
+from vpt_jax.checkpoints import fetch, scheme, transfer
 from vpt_jax.checkpoints.schemes import SCHEMES, timm_vit
 from vpt_jax.checkpoints.source import ArraySource
 from vpt_jax.errors import UsageError
 from vpt_jax.models import catalog, loading, zoo
+from vpt_jax.models.catalog import listing
 from vpt_jax.models.catalog.row import stem
 from vpt_jax.models.families import FAMILIES, settings_of
 
@@ -111,7 +118,8 @@ def test_rows_are_consistent():
         known = settings_of(FAMILIES[row.family])
         assert {*row.network, *row.conventions, *row.resized} <= {*known}, name
         assert not row.conventions.keys() & row.resized.keys()
-        both = row.network.keys() & row.conventions.keys()
+        both = row.network.keys() & row.conventions.keys() - {'image_size'}
+        assert row.network.get('image_size', 0) % row.network.get('patch_size', 1) == 0, name
         assert {key: row.network[key] for key in both} == {key: row.conventions[key] for key in both}, name
         assert row.scheme in (None, *(module.NAME for module in SCHEMES))
         assert row.license and row.note and row.note[0].isalpha()
@@ -120,6 +128,13 @@ def test_rows_are_consistent():
         assert row.file.endswith(('.npz', '.safetensors')) or row.how == catalog.PACKAGE
         assert row.url.startswith('https://') or row.how == catalog.PACKAGE
     assert {row.how for row in ROWS.values()} == {'package', 'download', 'convert', 'by hand'}
+
+
+def test_images_that_are_no_whole_patches():
+    row = ROWS['siglip_so400m14_384']
+    assert row.network['image_size'] == 27 * 14 and row.settings['image_size'] == 384
+    model = FAMILIES['vit'](**row.settings)
+    assert model.grid(384) == model.grid(378) == (27, 27)
 
 
 def test_both_conventions_of_one_file():
@@ -249,3 +264,57 @@ def test_a_file_of_another_size_is_refused():
         zoo.check_row('small.safetensors', 'mae_b16', ROWS['mae_b16'], ported)
     with pytest.raises(UsageError, match='is not swin_b_in22k: it holds a vit, expected a swin'):
         zoo.check_row('small.safetensors', 'swin_b_in22k', ROWS['swin_b_in22k'], ported)
+
+
+DOCS = (Path(__file__).parents[2] / 'docs' / 'backbones.md').read_text()
+
+
+def test_the_page_has_the_table_of_this_code():
+    table = re.search(r'<!-- backbones -->\n(.*)\n<!-- /backbones -->', DOCS, re.DOTALL)[1]
+    assert table == listing.markdown(ROWS), 'python -m vpt_jax.backbones --markdown writes the table of the page'
+    names = set(re.findall(r'`((?:vit|mae|siglip|siglip2|mocov3)_\w+?)`', DOCS.split('<!-- backbones -->')[0]))
+    assert names and names <= ROWS.keys()
+
+
+def test_the_snippet_of_the_page_runs(tmp_path, monkeypatch):
+    code = re.search(r'## A big_vision checkpoint in Colab\n\n```python\n(.*?)```', DOCS, re.DOTALL)[1]
+    tower = zoo.load_backbone('random:mu/16@32', pool='map', cls_token=False, posemb_prefix=0)
+    arrays = {f'params/img/{k}': np.asarray(v) for k, v in traverse_util.flatten_dict(tower.params, sep='/').items()}
+    asked, trained = [], []
+
+    def download(url, path, verify, where):
+        asked.append(url)
+        path.parent.mkdir(parents=True)
+        np.savez(path, **arrays, **{'params/txt/head/bias': np.zeros(3, np.float32), 'params/t': np.zeros(1)})
+
+    monkeypatch.setenv('VPT_JAX_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(transfer, 'download', download)
+    monkeypatch.setattr(zoo, 'check_row', lambda *args: None)  # it is another size than the published one
+    monkeypatch.setattr(vpt_jax, 'fit', lambda method, *rest, **how: trained.append((method, *rest)) or SimpleNamespace(
+        metrics={'test_accuracy': 1.0}))  # fmt: skip
+    exec('\n'.join(line for line in code.splitlines() if not line.startswith('%')), {})
+    [(method, dataset, backbone)] = trained
+    assert asked == [ROWS['siglip_b16_256'].url] and dataset == 'digits'
+    method.check(backbone.model)
+    assert backbone.model.pool == 'map' and backbone.num_params == tower.num_params
+
+
+def test_listing(monkeypatch, tmp_path):
+    monkeypatch.setenv('VPT_JAX_CACHE', str(tmp_path))
+    tmp_path.joinpath('ViT-B_16.npz').touch()
+    lines = listing.text({name: ROWS[name] for name in ('tiny_vit64', 'vit_b16_in21k', 'mae_b16', 'mocov3_b16')})
+    assert [re.split(r' {2,}', line)[:4] for line in lines.splitlines()] == [
+        ['name', 'MiB', 'weights', 'licence'],
+        ['tiny_vit64', '5.4', 'in the package', 'Apache-2.0'],
+        ['vit_b16_in21k', '394', 'in the cache', 'Apache-2.0'],
+        ['mae_b16', '327', 'downloads', 'CC-BY-NC-4.0'],
+        ['mocov3_b16', '327', 'convert', 'CC-BY-NC-4.0'],
+    ]
+
+
+def test_the_program_lists_what_is_asked_for():
+    done = subprocess.run([sys.executable, '-m', 'vpt_jax.backbones', 'clippo'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[0] for line in done.stdout.splitlines()[1:] if line.startswith('clippo')]
+    assert names == [name for name in ROWS if 'clippo' in name]
+    assert done.stdout.splitlines()[-1].startswith(f'{len(names)} backbones; the cache is ')

@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from vpt_jax.errors import UsageError
 from vpt_jax.models.places import Places
-from vpt_jax.models.transformer import ACTIVATIONS, attention, stack_blocks, unstack_blocks
+from vpt_jax.models.transformer import ACTIVATIONS, Mlp, attention, stack_blocks, unstack_blocks
 from vpt_jax.models.vit import VARIANTS, ViT
 
 SMALL = {'width': 8, 'depth': 1, 'mlp_dim': 12, 'heads': 2, 'patch_size': 4, 'image_size': 8}
@@ -38,6 +38,10 @@ def _params(model, images=IMAGES, seed=0):
         ({'posemb': 'none'}, (2, 8), set()),
         ({'activation': 'quick_gelu', 'pre_norm': True, 'patch_bias': False}, (2, 8), {'pre_norm/scale'}),
         ({'final_norm': False, 'fc_norm': True, 'pool': 'gap'}, (2, 8), {'fc_norm/scale'}),
+        ({'pool': 'tok_gap', 'registers': 2}, (2, 16), set()),
+        ({'projection': 6}, (2, 6), {'proj/kernel'}),
+        ({'pre_logits': 6, 'projection': 4}, (2, 4), {'pre_logits/kernel', 'proj/kernel'}),
+        ({'activation': 'swiglu'}, (2, 8), {'Transformer/encoderblock_0/MlpBlock_0/gate/kernel'}),
     ],
     ids=str,
 )
@@ -65,6 +69,55 @@ def test_pooling_variants_read_the_same_tokens():
     for pool, expected in (('tok', tokens[:, 0]), ('0', tokens[:, 0]), ('gap', tokens[:, 2:].mean(1))):
         out = every.clone(pool=pool).apply({'params': params}, IMAGES)
         np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_cls_and_mean_of_patches_side_by_side():
+    model = ViT(**SMALL, pool='tok_gap', registers=1)
+    params = _params(model)
+    tokens = model.clone(pool='none').apply({'params': params}, IMAGES)
+    expected = np.concatenate([tokens[:, 0], tokens[:, 2:].mean(1)], axis=1)
+    np.testing.assert_allclose(model.apply({'params': params}, IMAGES), expected, atol=1e-6)
+
+
+def test_projection_is_linear_and_last():
+    model = ViT(**SMALL, projection=3)
+    params = _params(model)
+    plain = model.clone(projection=0).apply({'params': params}, IMAGES)
+    np.testing.assert_allclose(model.apply({'params': params}, IMAGES), plain @ params['proj']['kernel'], atol=1e-5)
+
+
+@pytest.mark.parametrize('fc_norm', [True, 'new', 'norm'])
+def test_norm_of_pooled_features_comes_after_a_methods_readout(fc_norm):
+    class First(Places):
+        def readout(self, prompts, x, pool, ctx):
+            return x[:, 1]
+
+    model = ViT(**SMALL, pool='gap', final_norm=False, fc_norm=fc_norm)
+    params = _params(model)
+    tokens = model.clone(pool='none', fc_norm=False).apply({'params': params}, IMAGES)
+    for out, x in ((model.apply({'params': params}, IMAGES), tokens[:, 1:].mean(1)),
+                   (model.apply({'params': params}, IMAGES, First()), tokens[:, 1])):  # fmt: skip
+        unit = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + model.ln_eps)
+        np.testing.assert_allclose(out, unit * params['fc_norm']['scale'] + params['fc_norm']['bias'], atol=1e-4)
+
+
+def test_gated_mlp():
+    mlp = Mlp(6, 'swiglu')
+    x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
+    params = mlp.init(jax.random.key(0), x)['params']
+    gate, up, down = (params[name]['kernel'] for name in ('gate', 'Dense_0', 'Dense_1'))
+    hidden = x @ gate
+    np.testing.assert_allclose(
+        mlp.apply({'params': params}, x), (hidden / (1 + np.exp(-hidden)) * (x @ up)) @ down, atol=1e-5
+    )
+
+
+def test_registers_with_positions():
+    model = ViT(**SMALL, registers=2, posemb_prefix=3)
+    params = _params(model)
+    x = model.apply({'params': params}, IMAGES, method='embed')
+    expected = np.concatenate([params['cls'], params['registers']], 1) + params['pos_embedding'][:, :3]
+    np.testing.assert_allclose(x[:1, :3], expected, atol=1e-6)
 
 
 def test_dist_token_is_averaged_with_cls():
@@ -153,6 +206,9 @@ def test_activations():
         ({'posemb_rule': 'corners'}, "'corners': did you mean 'corner'"),
         ({'heads': 3}, 'the width 8 is not divisible by 3 heads'),
         ({'cls_token': False}, "pool='tok' needs cls_token=True"),
+        ({'pool': 'tok_gap', 'cls_token': False}, "pool='tok_gap' needs cls_token=True"),
+        ({'pool': 'tok_gap', 'projection': 3}, "pool='tok_gap' excludes layers after pooling"),
+        ({'fc_norm': 'old'}, "fc_norm must be True, False, 'new' or 'norm', got 'old'"),
     ],
 )
 def test_bad_settings(settings, message):

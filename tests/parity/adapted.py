@@ -17,10 +17,12 @@ from vpt_jax.methods import Method
 Names = Mapping[str, tuple[list[str], Callable[[np.ndarray, tuple[int, ...]], np.ndarray]]]
 
 
-def adapt(model: Any, members: Iterable[Method], params: dict, prompts: dict, state: dict | None = None) -> Prompted:
-    """A network and a stack of methods with the case's weights, ready to run."""
+def adapt(
+    model: Any, members: Iterable[Method], params: dict, prompts: dict, state: dict | None = None, **how: Any
+) -> Prompted:
+    """A network and a stack of methods with the case's weights, ready to run; `how` is `train` and `pixels`."""
     params, prompts, state = jax.tree.map(jnp.asarray, (params, prompts, state or {}))
-    return Prompted(model, SeenStack(*members), params, prompts, state, frozenset(), {}, {})
+    return Prompted(model, SeenStack(*members), params, prompts, state, frozenset(), {}, {}, **how)
 
 
 def stacked(case: Case, names: list[str], layout: Callable, shape: tuple[int, ...], group: str) -> np.ndarray:

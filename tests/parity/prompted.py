@@ -64,6 +64,8 @@ class Prompted:
       frozen: members of the stack that are not trained.
       google: canonical name of a backbone weight to its name in the file.
       unused: the case's weights that have no place in our prompts.
+      train: whether the network runs as in training, where nothing is random.
+      pixels: (mean, std) of the images, as `methods.forward` takes them.
     """
 
     model: nn.Module
@@ -74,6 +76,8 @@ class Prompted:
     frozen: frozenset[str]
     google: dict[str, str]
     unused: dict[str, np.ndarray]
+    train: bool = False
+    pixels: tuple | None = None
 
     @property
     def trained(self) -> dict:
@@ -86,7 +90,8 @@ class Prompted:
 
         def loss(trained, params, images, labels):
             prompts = {**fixed, **trained}
-            logits, seen = forward(self.model, self.method, params, prompts, images, state=self.state)
+            logits, seen = forward(self.model, self.method, params, prompts, images, state=self.state,
+                                   train=self.train, pixels=self.pixels)  # fmt: skip
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean(), (logits, seen)
 

@@ -16,15 +16,15 @@ from vpt_jax.training.loop import DivergedError, StoppedError
 
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
-    """The process gets a signal while it prepares a batch."""
-    original = data.Batches.batch
+    """The process gets a signal while it waits for a batch."""
+    original, taken = data.Prefetch.__next__, iter(range(1000))
 
-    def batch(self, t):
-        if self.train and t == step:
+    def following(self):
+        if next(taken) == step:
             os.kill(os.getpid(), number)
-        return original(self, t)
+        return original(self)
 
-    monkeypatch.setattr(data.Batches, 'batch', batch)
+    monkeypatch.setattr(data.Prefetch, '__next__', following)
 
 
 @pytest.mark.parametrize(('step', 'number'), [(0, signal.SIGINT), (4, signal.SIGTERM)])

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
+from vpt_jax.checkpoints.classifier import with_classifier
 from vpt_jax.checkpoints.npz import natural
 from vpt_jax.checkpoints.ported import Ported, Weight
 from vpt_jax.checkpoints.schemes import SCHEMES
@@ -40,7 +41,8 @@ def port(source: Source, scheme: str | None = None, hints: Mapping[str, Any] | N
     Args:
       source: the opened file.
       scheme: the name of a scheme; None to tell it from the names.
-      hints: settings that the caller insists on; 'tower' picks one of several networks in a file ('img').
+      hints: settings that the caller insists on; 'tower' picks one of several networks in a file ('img'), and
+        'own_classifier', or a setting 'classes', reads the task head, which is left out otherwise.
 
     Returns:
       (the part of the file that `Ported.weights` speaks of, the plan).
@@ -50,8 +52,10 @@ def port(source: Source, scheme: str | None = None, hints: Mapping[str, Any] | N
     """
     hints = dict(hints or {})
     tower = hints.pop('tower', None)
+    own_classifier = hints.pop('own_classifier', False) or hints.get('classes')
     module, part, prefix = _recognised(source, scheme, tower)
     ported = module.port(part, hints)
+    ported = with_classifier(part, ported) if own_classifier else ported
     for weight in ported.weights.values():
         for name in weight.names:
             if not _floating(part.members[name].dtype):

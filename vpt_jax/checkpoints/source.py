@@ -67,8 +67,11 @@ class Source:
           UsageError: the member is damaged or holds values that are not finite.
         """
         array = self._array(self.members[name])
-        if (array.dtype.kind == 'f' or array.dtype == ml_dtypes.bfloat16) and not np.isfinite(array).all():
-            raise UsageError(f'{self.path}: {name!r} holds values that are not finite; these weights are unusable')
+        if array.dtype.kind == 'f' or array.dtype == ml_dtypes.bfloat16:
+            with np.errstate(invalid='ignore'):  # signaling NaNs
+                finite = np.isfinite(array).all()
+            if not finite:
+                raise UsageError(f'{self.path}: {name!r} holds values that are not finite; these weights are unusable')
         return array
 
     def _array(self, member: Member) -> np.ndarray:

@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import sys
@@ -30,7 +31,7 @@ from vpt_jax.errors import UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock, and no two downloads at once
+except ImportError:  # Windows
     fcntl = None
 
 #: Seconds between attempts after a connection broke without a byte of progress.
@@ -64,14 +65,14 @@ def download(url: str, path: Path, verify: Callable[[Path], None], where: str) -
       UsageError: no network, no permission, no room, the server refuses, the file is refused.
       KeyboardInterrupt: Ctrl-C, after saying on stderr how to go on.
     """
-    part = path.with_name(f'{path.name}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(part, path) as file:
+        with _alone(path) as file:
             if file is None:
                 return
             _fill(file, url, path, where)
             os.fsync(file.fileno())
+            part = Path(file.name)
             try:
                 verify(part)
             except UsageError:
@@ -89,32 +90,49 @@ def download(url: str, path: Path, verify: Callable[[Path], None], where: str) -
 
 
 @contextlib.contextmanager
-def _alone(part: Path, path: Path) -> Iterator[BinaryIO | None]:
-    """The file of the bytes so far, locked; None if another program finished the download while this one waited."""
-    told = False
+def _alone(path: Path) -> Iterator[BinaryIO | None]:
+    """The file of the bytes so far, locked; None if another program finished the download while this one waited.
+
+    Where files cannot be locked, it is one of this program's own, and starts empty.
+    """
+    part, told = path.with_name(f'{path.name}.part'), False
     while True:
         with open(part, 'ab+') as file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if not told:
-                        print(f'another program is downloading {path}; waiting for it', file=sys.stderr, flush=True)
-                        told = True
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                except OSError:  # a file system without locks
-                    pass
+            try:
+                _lock(file, wait=told)
+            except BlockingIOError:
+                print(f'another program is downloading {path}; waiting for it', file=sys.stderr, flush=True)
+                told = True
+                continue
+            except OSError:
+                part = path.with_name(f'{path.name}.{secrets.token_hex(4)}.part')
+                with open(part, 'ab+') as own:
+                    yield own
+                return
             if path.exists():
                 with contextlib.suppress(OSError):
                     if not os.path.getsize(part):
                         part.unlink()  # the one that opening has just made
                 yield None
                 return
-            # The lock is on an open file: the name may belong to another one by now, or to none.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(part), os.fstat(file.fileno())):
-                    yield file
-                    return
+            if _is_at(file, part):
+                yield file
+                return
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file still has its name: a lock is on the file, whatever it is called by now."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: BinaryIO, wait: bool) -> None:
+    """Locks an open file until it is closed; raises `BlockingIOError` if another program has it, or `OSError`."""
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, 'files cannot be locked')
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def _fill(file: BinaryIO, url: str, path: Path, where: str) -> None:

@@ -183,7 +183,7 @@ def prepare(name: str, data_dir: pathlib.Path, version: str | None = None, also:
 
 def class_names(builder: Any, feature: str) -> tuple[str, ...] | None:
     """The names of a ClassLabel feature; None if it is none."""
-    found = builder.info.features[feature] if feature in builder.info.features else None
+    found = dict(builder.info.features.items()).get(feature)
     count = getattr(found, 'num_classes', None)
     return None if count is None else tuple(found.int2str(i) for i in range(count))
 

@@ -5,13 +5,22 @@ from typing import Any
 
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods.adapter import Adapter
+from vpt_jax.methods.ap import AP
 from vpt_jax.methods.base import Context, Method, Stack, forward
+from vpt_jax.methods.clip_head import CLIPHead
 from vpt_jax.methods.condense import Condensed
 from vpt_jax.methods.cvpt import CVPT
+from vpt_jax.methods.dino_head import DINOHead
 from vpt_jax.methods.finetune import Bias, ClsToken, Full, Partial
 from vpt_jax.methods.head import Linear, MLPHead
+from vpt_jax.methods.label_mapping import LabelMapping
+from vpt_jax.methods.lora import LoRA
+from vpt_jax.methods.merging import merge
+from vpt_jax.methods.norm import NormTune
+from vpt_jax.methods.pgn import IIP, PGN
 from vpt_jax.methods.spt import SPT
 from vpt_jax.methods.vapt import VAPT
+from vpt_jax.methods.vp import VP
 from vpt_jax.methods.vpt import VPT
 from vpt_jax.methods.vpt_locations import VPTAdd, VPTBelow, VPTPad, VPTPixels
 from vpt_jax.methods.vptm import VPTM
@@ -19,12 +28,14 @@ from vpt_jax.methods.vptm import VPTM
 METHODS: dict[str, type[Method]] = {
     m.name: m
     for m in (VPT, VPTAdd, VPTPixels, VPTPad, VPTBelow, VAPT, VPTM, SPT, CVPT, Condensed, Linear, MLPHead, Full,
-              Partial, Bias, ClsToken, Adapter)
+              Partial, Bias, ClsToken, Adapter, VP, LabelMapping, CLIPHead, AP, NormTune, LoRA, PGN,
+              IIP, DINOHead)
 }  # fmt: skip
 
-__all__ = ['CVPT', 'METHODS', 'SPT', 'VAPT', 'VPT', 'VPTM', 'Adapter', 'Bias', 'ClsToken', 'Condensed', 'Context',
-           'Full', 'Linear', 'MLPHead', 'Method', 'Partial', 'Stack', 'VPTAdd', 'VPTBelow', 'VPTPad', 'VPTPixels',
-           'build', 'describe', 'forward', 'rebuild', 'with_head']  # fmt: skip
+__all__ = ['AP', 'CVPT', 'IIP', 'METHODS', 'PGN', 'SPT', 'VAPT', 'VP', 'VPT', 'VPTM', 'Adapter', 'Bias', 'CLIPHead',
+           'ClsToken', 'Condensed', 'Context', 'DINOHead', 'Full', 'LabelMapping', 'Linear', 'LoRA', 'MLPHead',
+           'Method', 'NormTune', 'Partial', 'Stack', 'VPTAdd', 'VPTBelow', 'VPTPad', 'VPTPixels', 'build', 'describe',
+           'forward', 'merge', 'rebuild', 'with_head']  # fmt: skip
 
 
 def build(name: str, **settings: Any) -> Method:

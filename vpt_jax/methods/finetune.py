@@ -16,7 +16,7 @@ from vpt_jax.methods.base import Method, PyTree, overlay
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainedWeights(Method):
+class TrainedWeights(Method):
     """Trains the weights that `selects` names. Prompts: that sub-tree of the backbone's parameters."""
 
     def selects(self, path: tuple[str, ...], model: Any) -> bool:
@@ -34,7 +34,7 @@ class _TrainedWeights(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Full(_TrainedWeights):
+class Full(TrainedWeights):
     """Full fine-tuning, with dropout after the embedding and inside the MLPs as the published baseline has it.
 
     Attributes:
@@ -55,7 +55,7 @@ class Full(_TrainedWeights):
 
 
 @dataclasses.dataclass(frozen=True)
-class Partial(_TrainedWeights):
+class Partial(TrainedWeights):
     """Partial-k: the last k blocks and the encoder's final norm; no dropout, as published.
 
     Attributes:
@@ -90,7 +90,7 @@ class Partial(_TrainedWeights):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bias(_TrainedWeights):
+class Bias(TrainedWeights):
     """Every bias of the backbone: patch convolution, attention, MLPs and LayerNorms (BitFit, VPT's tinytl-bias)."""
 
     name: ClassVar[str] = 'bias'
@@ -101,7 +101,7 @@ class Bias(_TrainedWeights):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClsToken(_TrainedWeights):
+class ClsToken(TrainedWeights):
     """The CLS token (VPT's cls+prompt when stacked with VPT).
 
     Attributes:

@@ -37,8 +37,7 @@ class BEiT(ViT):
         classifiers) or 'both', added up.
       relative_rule: how tables are resampled to another grid (`relative.RULES`).
       extra_bias: what inserted tokens get (`relative.EXTRA`).
-      window_rows, window_columns: patches that tables and absolute positions are stored for; 0 for those of
-        `image_size`.
+      window_rows, window_columns: patches that tables and absolute positions are stored for, as in `ViT`.
       mask_token: whether there is a token for masked patches.
       vocab: V, 0 without a head over tokens.
       branch_from: 1-based number of the block whose patches, with the last CLS, feed the second branch; 0 for none.
@@ -52,8 +51,6 @@ class BEiT(ViT):
     relative: str = 'shared'
     relative_rule: str = 'geometric_cubic'
     extra_bias: str = 'zero'
-    window_rows: int = 0
-    window_columns: int = 0
     mask_token: bool = False
     vocab: int = 0
     branch_from: int = 0
@@ -78,12 +75,6 @@ class BEiT(ViT):
         if (self.branch_from or self.code_width) and not self.vocab:
             raise UsageError('a BEiT with a second branch or with codes needs a head over tokens: vocab > 0')
         super().__post_init__()
-
-    @property
-    def window(self) -> tuple[int, int]:
-        """Rows and columns of patches that tables and absolute positions are stored for."""
-        rows, columns = self.grid(self.image_size)
-        return self.window_rows or rows, self.window_columns or columns
 
     def block_settings(self) -> dict[str, Any]:
         """The settings of every block."""

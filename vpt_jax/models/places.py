@@ -127,8 +127,8 @@ class Context:
         """
         if rows.shape[0] != self.prefix + self.num_patches:
             raise UsageError(
-                f'prompts for {rows.shape[0]} tokens do not fit images of {self.prefix + self.num_patches}: they belong '
-                'to one image size and cannot be combined with a method that makes the images larger'
+                f'prompts for {rows.shape[0]} tokens do not fit an image of {self.prefix + self.num_patches}: they '
+                'belong to one image size, and go with no method that makes the images larger'
             )
         between = jnp.zeros((x.shape[1] - rows.shape[0], rows.shape[1]), rows.dtype)
         return jnp.concatenate([rows[: self.prefix], between, rows[self.prefix :]])

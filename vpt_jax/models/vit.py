@@ -77,6 +77,8 @@ class ViT(Network, nn.Module):
     Attributes:
       width, depth, mlp_dim, heads, patch_size: D, L, F, H and the patch side in pixels.
       image_size: side of the images that the stored position embedding was made for.
+      window_rows, window_columns: patches that it is stored for, where they are not those of `image_size`; 0 where
+        they are.
       pool: 'tok' (CLS), 'gap' (mean of all tokens but the prefix, a method's included), 'map', '0' (first token),
         'none' (all tokens) or 'tok_gap' (both side by side, as Hugging Face's DINOv2 classifies).
       posemb: 'learn', 'sincos2d' or 'none'.
@@ -129,6 +131,8 @@ class ViT(Network, nn.Module):
     dropout: float = 0.0
     scan: bool = False
     dtype: Any = None
+    window_rows: int = 0
+    window_columns: int = 0
 
     places = Network.places | {'tokens', 'attention'}
 
@@ -194,7 +198,8 @@ class ViT(Network, nn.Module):
     @property
     def window(self) -> tuple[int, int]:
         """Rows and columns of patches that stored positions are for."""
-        return self.grid(self.image_size)
+        rows, columns = self.grid(self.image_size)
+        return self.window_rows or rows, self.window_columns or columns
 
     def canonical(self, params: dict) -> dict:
         """Stored parameters as one tree per block, which is what methods and checkpoints speak of."""

@@ -60,6 +60,7 @@ class _Choice:
     param_dtype: Any
     pixels: Pixels | None
     scheme: str | None
+    own_classifier: bool
     settings: Mapping[str, Any]
 
 
@@ -126,6 +127,7 @@ def load_backbone(
     param_dtype: Any = None,
     pixels: Pixels | None = None,
     scheme: str | None = None,
+    own_classifier: bool = False,
     **settings: Any,
 ) -> Backbone:
     """Loads a frozen backbone; what is published is downloaded once, into $VPT_JAX_CACHE or ~/.cache/vpt_jax.
@@ -145,6 +147,7 @@ def load_backbone(
       param_dtype: type to store the parameters in; None: float32.
       pixels: the input's convention; None: the catalog's, else the naming scheme's.
       scheme: name of the naming scheme (`checkpoints.schemes`); None to recognise it.
+      own_classifier: keep the classifier that the weights came with, behind the features, which then are its scores.
       **settings: any other setting of the network, over what the file, its scheme and the catalog say (`scan=True`,
         `pool='gap'`, `activation='gelu'`, `heads=12`, `pre_logits=768` to keep that layer).
 
@@ -157,7 +160,7 @@ def load_backbone(
     """
     name = os.fspath(name)
     choice = _Choice(name, image_size, _floating('param_dtype', param_dtype or jnp.float32), pixels, scheme,
-                     _checked(image_size, dtype, settings))  # fmt: skip
+                     own_classifier, _checked(image_size, dtype, settings))  # fmt: skip
     if name.startswith('random:'):
         return _random(choice)
     if name in catalog.rows():
@@ -235,6 +238,7 @@ def _from_file(
         conventions = {**like[1].conventions, **like[1].resized} if like else {}
         tower = tower or (row.tower if row else None)
         hints = {**conventions, **choice.settings} | ({'tower': tower} if tower else {})
+        hints |= {'own_classifier': True} if choice.own_classifier else {}
         part, ported = scheme.port(file, choice.scheme or (row.scheme if row else None), hints)
         if row:
             check_row(path, published, row, ported)
@@ -242,8 +246,7 @@ def _from_file(
         known = settings_of(FAMILIES[ported.family])
         values = {key: value for key, value in hints.items() if key in known}
         if choice.image_size is not None:
-            patch = values.get('patch_size') or ported.settings.get('patch_size') or FAMILIES[ported.family].patch_size
-            values['image_size'] = _fitting(choice.image_size, patch)
+            values['image_size'] = _fitting(choice.image_size, ported.family, {**ported.settings, **values})
         model, params = build(part, ported, choice.param_dtype, **values)
     if row and row.how != catalog.PACKAGE:
         # Here and not beside the file: one of the hub may lie in that library's own cache.
@@ -265,16 +268,19 @@ def check_row(path: Path | str, name: str, row: Row, ported: Ported) -> None:
 
 
 def _check_settings(family: str, settings: Mapping[str, Any]) -> None:
-    """Refuses settings that a network of this family does not have."""
+    """Refuses settings that a network of this family does not have, and what is no backbone (a tokenizer's file)."""
+    if family not in FAMILIES:
+        raise unknown('family of backbones', family, FAMILIES)
     known = settings_of(FAMILIES[family])
     for key, value in settings.items():
         if key not in known and not (key == 'scan' and not value):
             raise UsageError(f'a {family} has no setting {key!r}: it has {", ".join(known)}')
 
 
-def _fitting(size: int, patch: int) -> int:
-    """An image size that was asked for, which must be whole patches; weights as they are may differ (So400m/14)."""
-    if size % patch:
+def _fitting(size: int, family: str, values: Mapping[str, Any]) -> int:
+    """An image size that was asked for: whole patches, or what the network is run at anyway (So400m/14 at 384)."""
+    patch = values.get('patch_size') or FAMILIES[family].patch_size
+    if size % patch and size != values.get('image_size'):
         below, above = size - size % patch, size - size % patch + patch
         near = f'{below} or {above}' if below else f'{above}'
         raise UsageError(f'an image size of {size} pixels does not fit patches of {patch} pixels: use {near}')
@@ -292,6 +298,8 @@ def _floating(what: str, dtype: Any) -> Any:
 
 
 def _random(choice: _Choice) -> Backbone:
+    if choice.own_classifier:
+        raise UsageError(f'{choice.name!r} is untrained and came with no classifier: give its number of classes=')
     found = _RANDOM.fullmatch(choice.name)
     what, given = (found[1], int(found[2]) if found[2] else None) if found else ('', None)
     if choice.image_size is not None and given is not None and choice.image_size != given:
@@ -301,7 +309,7 @@ def _random(choice: _Choice) -> Backbone:
     _check_settings(family, choice.settings)
     values = {**values, **choice.settings}
     if size is not None or 'image_size' not in values:
-        values['image_size'] = _fitting(size or 224, values.get('patch_size') or FAMILIES[family].patch_size)
+        values['image_size'] = _fitting(size or 224, family, values)
     model = FAMILIES[family](**values)
     # Drawn as a scan whatever the model is: same weights either way, and depth costs no compile time.
     drawn = model.clone(scan=True) if hasattr(model, 'scan') else model
@@ -335,13 +343,13 @@ def _canonical(model: nn.Module, params: dict) -> dict:
     return jax.tree.map(jnp.asarray, model.canonical(jax.tree.map(np.asarray, params)))
 
 
+def initial(model: nn.Module) -> dict:
+    """A network's initial parameters, from the one seed."""
+    images = jnp.zeros((1, model.image_size, model.image_size, 3))
+    return model.init({'params': jax.random.key(_SEED), 'dropout': jax.random.key(_SEED)}, images)['params']
+
+
 def _draw(model: nn.Module) -> dict:
-    """Initial parameters; with `scan` there is one block to trace and compile, however many the model has."""
-
-    def init() -> dict:
-        images = jnp.zeros((1, model.image_size, model.image_size, 3))
-        return model.init({'params': jax.random.key(_SEED), 'dropout': jax.random.key(_SEED)}, images)['params']
-
     # The program runs once and is all random bits: what XLA's CPU backend spends on optimizing it is not won back.
     quick = {'xla_backend_optimization_level': 1} if jax.default_backend() == 'cpu' else None
-    return jax.jit(init, compiler_options=quick)()
+    return jax.jit(initial, static_argnums=0, compiler_options=quick)(model)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_dict
 
 from vpt_jax import data, methods
 from vpt_jax.errors import UsageError, unknown
-from vpt_jax.models.zoo import load_backbone
+from vpt_jax.models.zoo import Backbone, load_backbone
 from vpt_jax.training import loop
 from vpt_jax.training.recipe import Recipe
 
@@ -55,6 +55,10 @@ def _settings(name: str, given: dict) -> dict:
     return {k: config_dict.placeholder(int) if v is None else v for k, v in fields.items()}
 
 
+#: What `data.train_on` may be; the second is what final runs on VTAB-1k train on.
+TRAIN_ON = ('train', 'train+val')
+#: What VPT's and VAPT's tables are made with.
+PUBLISHED_BACKBONE = 'vit_b16_in21k'
 #: The published protocols take thousands of steps; on the embedded digits, in minutes on a CPU, small batches do.
 DIGITS = {'epochs': 20, 'warmup_epochs': 2, 'batch_size': 4, 'eval_batch_size': 64}
 
@@ -63,30 +67,42 @@ def default(arg: str | None, digits: dict | None = None, **recipe) -> ConfigDict
     """A config with the published prompt protocol (VPT, VAPT): the method is for the config file to set.
 
     Args:
-      arg: `dataset=...,backbone=...` with the forms of `data.load` and `load_backbone`.
+      arg: `dataset=...,backbone=...` with the forms of `data.load` and `load_backbone`; for `vpt_jax.sweep`
+        `benchmark=...` instead of a dataset, with the published backbone if none is given.
       digits: fields of `Recipe` for the embedded default task, over `recipe` and `DIGITS`.
       **recipe: fields of `Recipe` for everything else, over its defaults.
     """
-    where = parse_arg(arg, dataset='digits', backbone='tiny_vit64')
+    where = parse_arg(arg, dataset='', backbone='', benchmark='')
+    if where['benchmark']:
+        if where['dataset']:
+            raise UsageError('give either dataset=... (vpt_jax.train) or benchmark=... (vpt_jax.sweep), not both')
+        where['backbone'] = where['backbone'] or PUBLISHED_BACKBONE
+    else:
+        where['dataset'], where['backbone'] = where['dataset'] or 'digits', where['backbone'] or 'tiny_vit64'
     if where['dataset'] == 'digits':
         recipe = {**recipe, **DIGITS, **(digits or {})}
     r = Recipe(**recipe)
+    prompts = 'prompt_fgvc' if where['benchmark'] == 'fgvc' else 'prompt'
     return ConfigDict({
+        'benchmark': where['benchmark'],
         'dataset': where['dataset'],
         'backbone': where['backbone'],
         'image_size': config_dict.placeholder(int),
         'seed': r.seed,
         'method': {'name': ''},
         'head': method('linear'),
-        'data': {'augment': 'none', 'resize': config_dict.placeholder(str), 'on_bad_image': 'stop',
-                 'on_empty_class': 'stop'},
+        'data': {'augment': config_dict.placeholder(str), 'resize': config_dict.placeholder(str),
+                 'normalise': 'backbone', 'train_on': 'train', 'dir': config_dict.placeholder(str), 'source': 'auto',
+                 'memory_gb': config_dict.placeholder(float), 'on_bad_image': 'stop', 'on_empty_class': 'stop'},
         'optim': {'name': r.optimizer, 'lr': r.base_lr, 'weight_decay': r.weight_decay, 'momentum': r.momentum,
-                  'bias_multiplier': r.bias_multiplier, 'per_step': r.per_step},
+                  'bias_multiplier': r.bias_multiplier, 'schedule': r.schedule, 'per_step': r.per_step},
         'train': {'epochs': r.epochs, 'warmup_epochs': r.warmup_epochs, 'batch_size': r.batch_size,
                   'eval_batch_size': r.eval_batch_size, 'eval_every_epochs': r.eval_every_epochs,
                   'log_every_steps': r.log_every_steps, 'label_smoothing': r.label_smoothing, 'mixup': r.mixup,
                   'precision': r.precision, 'linear_probe': True},
         'checkpoint': {'every_steps': r.checkpoint_every_steps, 'keep': r.keep_checkpoints},
+        'sweep': {'grid': prompts if r.optimizer == 'sgd' else 'finetune', 'lr': (), 'weight_decay': (), 'axes': '',
+                  'ties': 'smaller', 'fast_lr': 5.0},
     })  # fmt: skip
 
 
@@ -96,6 +112,7 @@ def recipe(config: ConfigDict) -> Recipe:
     return Recipe(
         optimizer=config.optim.name, base_lr=float(config.optim.lr), weight_decay=config.optim.weight_decay,
         momentum=config.optim.momentum, bias_multiplier=config.optim.bias_multiplier, per_step=config.optim.per_step,
+        schedule=config.optim.schedule,
         checkpoint_every_steps=config.checkpoint.every_steps, keep_checkpoints=config.checkpoint.keep,
         seed=config.seed, **train,
     )  # fmt: skip
@@ -105,6 +122,49 @@ def build_method(field: ConfigDict) -> methods.Method:
     """The method of a `method` or `head` field."""
     settings = field.to_dict()
     return methods.build(settings.pop('name'), **settings)
+
+
+def build_preprocess(config: ConfigDict, backbone: Backbone) -> data.Preprocess:
+    """How a config's images become network inputs.
+
+    What `data.resize` and `data.augment` leave open is the benchmark's own where the dataset is a benchmark's task,
+    else the backbone's, without augmentation. `data.normalise` is 'backbone', 'protocol' (the benchmark's) or a name
+    of `data.STATISTICS`.
+
+    Raises:
+      UsageError: an unknown name, or a protocol's pixels for a dataset that has no protocol.
+    """
+    protocol, pixels, given = data.protocol_of(config.dataset), backbone.pixels, config.data
+    resize = given.resize or (protocol or pixels).resize
+    augment = given.augment or (protocol.augment if protocol else 'none')
+    if augment == 'fgvc' and resize != 'fgvc' and not given.augment:  # no larger image to crop from
+        augment = 'flip'
+    if given.normalise == 'backbone':
+        mean, std = pixels.mean, pixels.std
+    elif given.normalise == 'protocol':
+        if protocol is None:
+            raise UsageError(f'--config.data.normalise=protocol: dataset {config.dataset!r} has no published protocol')
+        mean, std = protocol.mean, protocol.std
+    elif given.normalise in data.STATISTICS:
+        mean, std = data.STATISTICS[given.normalise]
+    else:
+        raise unknown('normalise', given.normalise, ('backbone', 'protocol', *data.STATISTICS))
+    return data.Preprocess(backbone.model.image_size, resize, augment, mean, std)
+
+
+def load_dataset(config: ConfigDict, preprocess: data.Preprocess) -> data.Dataset:
+    """The dataset of a config.
+
+    Raises:
+      UsageError: see `data.load`; or `data.train_on` is unknown.
+    """
+    given = config.data
+    if given.train_on not in TRAIN_ON:
+        raise unknown('train_on', given.train_on, TRAIN_ON)
+    return data.load(
+        config.dataset, preprocess, seed=config.seed, on_bad_image=given.on_bad_image,
+        on_empty_class=given.on_empty_class, data_dir=given.dir, source=given.source, memory_gb=given.memory_gb,
+    )  # fmt: skip
 
 
 def run(config: ConfigDict, workdir: str | Path, backbone=None) -> tuple[loop.Result, data.Dataset, data.Preprocess]:
@@ -121,14 +181,18 @@ def run(config: ConfigDict, workdir: str | Path, backbone=None) -> tuple[loop.Re
     Raises:
       UsageError, DivergedError, StoppedError: see `fit`.
     """
+    if config.benchmark:
+        raise UsageError(
+            f'benchmark={config.benchmark} is for `python -m vpt_jax.sweep`; train one task with '
+            f'dataset={config.benchmark}:TASK'
+        )
     how = recipe(config)
     backbone = backbone or load_backbone(config.backbone, image_size=config.image_size)
     adapted = methods.with_head(build_method(config.method), build_method(config.head))
     adapted.check(backbone.model)
-    preprocess = loop.default_preprocess(backbone, config.data.augment, config.data.resize)
-    dataset = data.load(
-        config.dataset, preprocess, seed=how.seed, on_bad_image=config.data.on_bad_image,
-        on_empty_class=config.data.on_empty_class,
-    )  # fmt: skip
+    preprocess = build_preprocess(config, backbone)
+    dataset = load_dataset(config, preprocess)
+    if config.data.train_on == 'train+val':
+        dataset = dataset.with_val_in_train()
     result = loop.fit(adapted, dataset, backbone, workdir=workdir, recipe=how, preprocess=preprocess)
     return result, dataset, preprocess

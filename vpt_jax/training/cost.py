@@ -5,7 +5,6 @@ import jax.numpy as jnp
 
 from vpt_jax.methods import Method, forward
 
-
 #: Any will do: the operations are the same.
 _PIXELS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -26,7 +25,8 @@ def forward_flops(model, method: Method, num_classes: int, batch_size: int = 64)
     """
     # A scan would be counted as one turn of its loop.
     model = model.clone(scan=False) if getattr(model, 'scan', False) else model
-    whole, size = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32), method.input_size(model)
+    whole = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    size = method.input_size(model)
     images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)
     key = jax.random.key(0)
     params = jax.eval_shape(lambda x: model.init({'params': key, 'dropout': key}, x)['params'], whole)

@@ -1,10 +1,12 @@
 """Evaluation of a prompted network on a split."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
 from vpt_jax.data import Batches, Prefetch
-from vpt_jax.training.step import Program, PyTree, eval_step, shard_batch
+from vpt_jax.training.step import Program, PyTree, eval_step, observe_step, shard_batch
 
 
 def count(program: Program, mesh, params: PyTree, prompts: PyTree, state: PyTree, batches: Batches) -> dict:
@@ -21,15 +23,30 @@ def count(program: Program, mesh, params: PyTree, prompts: PyTree, state: PyTree
       `loss`, a float; `correct` and `count`, float64 [C]: examples of each class, and those recognised.
     """
     step = eval_step(program, mesh)
+
+    def counts(batch):
+        out = step(params, (prompts, state), batch)
+        return {name: out[name] for name in ('loss', 'correct', 'count')}
+
+    sums = _total(counts, mesh, batches)
+    return {'loss': float(sums['loss'])} | {k: np.asarray(sums[k], np.float64) for k in ('correct', 'count')}
+
+
+def observe(program: Program, mesh, params: PyTree, prompts: PyTree, state: PyTree, batches: Batches) -> PyTree:
+    """Sums over what the method observes of a split's batches (`Method.observe`); arguments are `count`'s."""
+    step = observe_step(program, mesh)
+    return _total(lambda batch: step(params, (prompts, state), batch), mesh, batches)
+
+
+def _total(of: Callable[[dict], PyTree], mesh, batches: Batches) -> PyTree:
+    """The sum of `of` over all batches, numpy."""
     # Sums stay on the device: the host prepares the next batch while this one is computed.
     sums = None
     with Prefetch(lambda t: shard_batch(batches.batch(t), mesh), range(batches.steps_per_epoch)) as ahead:
         for batch in ahead:
-            out = step(params, (prompts, state), batch)
-            out = {name: out[name] for name in ('loss', 'correct', 'count')}
+            out = of(batch)
             sums = out if sums is None else jax.tree.map(lambda a, b: a + b, sums, out)
-    sums = jax.device_get(sums)
-    return {'loss': float(sums['loss'])} | {k: np.asarray(sums[k], np.float64) for k in ('correct', 'count')}
+    return jax.device_get(sums)
 
 
 def summary(sums: dict) -> dict:

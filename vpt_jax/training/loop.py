@@ -16,8 +16,8 @@ from vpt_jax.checkpoints import prompt_file
 from vpt_jax.data.preprocess import normalise
 from vpt_jax.errors import UsageError
 from vpt_jax.models.zoo import Backbone, load_backbone
+from vpt_jax.training import evaluation
 from vpt_jax.training import step as steps
-from vpt_jax.training.evaluation import evaluate
 from vpt_jax.training.recipe import Recipe
 from vpt_jax.training.run_folder import Progress, RunFolder, crc32, write_result
 
@@ -83,7 +83,8 @@ def fit(
       backbone: a name for `load_backbone`, or a loaded backbone.
       workdir: everything the run writes is under it.
       recipe: how to train; `Recipe()` by default.
-      preprocess: by default the backbone's own size, resize rule and pixel statistics, without augmentation.
+      preprocess: by default the backbone's own resize rule and pixel statistics, without augmentation, and its size
+        or the method's (`Method.input_size`).
       head: another head than linear.
       on_bad_image, on_empty_class: see `data.load`.
       start: prompts to go on from instead of drawn ones, with what the method carries along: anything with `prompts`
@@ -97,11 +98,11 @@ def fit(
       DivergedError: the loss is not finite.
       StoppedError: SIGTERM or SIGINT came; the run was saved and can be resumed.
     """
-    recipe = recipe or Recipe()
-    backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
-    method = methods.with_head(method, head)
+    recipe, method = recipe or Recipe(), methods.with_head(method, head)
+    if isinstance(backbone, str):
+        backbone = load_backbone(backbone, own_classifier=method.needs_classifier)
     method.check(backbone.model)
-    preprocess = preprocess or default_preprocess(backbone)
+    preprocess = preprocess or default_preprocess(backbone, method=method)
     described = describe_run(method, dataset, backbone, preprocess, recipe)
     if start is not None:
         described['start'] = {'crc32': crc32((start.prompts, start.state))}
@@ -151,10 +152,13 @@ class _Views:
         return normalise(jnp.asarray(self.batches.views(index)), preprocess.mean, preprocess.std)
 
 
-def default_preprocess(backbone: Backbone, augment: str = 'none', resize: str | None = None) -> data.Preprocess:
-    """The pixels that a backbone expects, with an augmentation of `data.Preprocess`."""
-    pixels = backbone.pixels
-    return data.Preprocess(backbone.model.image_size, resize or pixels.resize, augment, pixels.mean, pixels.std)
+def default_preprocess(
+    backbone: Backbone, augment: str = 'none', resize: str | None = None, method: methods.Method | None = None
+) -> data.Preprocess:
+    """The pixels that a backbone, or a method in front of it, expects, with an augmentation of `data.Preprocess`."""
+    pixels, model = backbone.pixels, backbone.model
+    size = model.image_size if method is None else method.input_size(model)
+    return data.Preprocess(size, resize or pixels.resize, augment, pixels.mean, pixels.std)
 
 
 def describe_run(method, dataset, backbone, preprocess, recipe) -> dict:
@@ -197,9 +201,9 @@ class Run:
         progress = Progress(self.total, first, self.recipe.batch_size)
         timing = {'began': time.perf_counter(), 'first_step': 0.0, 'steps': self.total - first}
         meter = data.WaitMeter()
-        batches = data.Prefetch(lambda t: steps.shard_batch(self.batches.batch(t), self.mesh), range(first, self.total))
-        with self._signals(), contextlib.closing(progress), batches:
+        with self._signals(), contextlib.closing(progress), self._batches(first) as batches:
             for t in range(first, self.total):
+                state = self._observed(t, state)
                 batch = next(batches)
                 meter.add(batches.waited, not self.pending or self.pending[-1][1]['loss'].is_ready())
                 state, metrics = step(self.params, state, batch)
@@ -209,7 +213,8 @@ class Run:
                     timing['first_step'] = time.perf_counter() - timing['began']
                     meter.restart()
                 done = t + 1
-                last = done == self.total or self.signal
+                stop = self.signal  # one that comes later than this is for the next step
+                last = done == self.total or stop
                 row = None
                 if last or done % self.recipe.log_every_steps == 0:
                     row = self._log()
@@ -219,16 +224,31 @@ class Run:
                 if self._validates_after(done):
                     row = self._validate(done, state)
                 progress.update(done, row and {**row, 'waiting for data': meter.share})
-                if self.signal and done < self.total:
-                    name = signal.Signals(self.signal).name
+                if stop and done < self.total:
+                    name = signal.Signals(stop).name
                     raise StoppedError(
-                        self.signal,
+                        stop,
                         f'{name}: stopped after step {done} of {self.total}, which is saved in {self.folder.path}; '
                         'run the same command again to resume',
                     )
             jax.block_until_ready(state)
         timing |= {'seconds': time.perf_counter() - timing['began'], 'waiting': meter.share}
         return state, timing
+
+    def _batches(self, first: int) -> data.Prefetch:
+        """The remaining batches, on the devices, made a few steps ahead."""
+        return data.Prefetch(lambda t: steps.shard_batch(self.batches.batch(t), self.mesh), range(first, self.total))
+
+    def _observed(self, t: int, state):
+        """Before step t: the state after a look at all training images, if an epoch begins and the method wants one."""
+        epoch, inside = divmod(t, self.batches.steps_per_epoch)
+        method = self.program.method
+        if inside or not method.observes(epoch):
+            return state
+        batches = self._evaluation(self.dataset.train)
+        sums = evaluation.observe(self.program, self.mesh, self.params, state.prompts, state.state, batches)
+        carried = method.conclude(epoch, state.state, sums)
+        return state.replace(state=steps.replicate(carried, self.mesh))
 
     def finish(self, described: dict, state, timing: dict) -> Result:
         """Evaluates, writes `result.json` and the prompt file."""
@@ -297,9 +317,12 @@ class Run:
         )
 
     def _evaluate(self, split: data.Split, state) -> dict:
+        batches = self._evaluation(split)
+        return evaluation.evaluate(self.program, self.mesh, self.params, state.prompts, state.state, batches)
+
+    def _evaluation(self, split: data.Split) -> data.Batches:
         size = self.recipe.eval_batch_size or self.recipe.batch_size
-        batches = data.Batches(split, self.preprocess, size, train=False)
-        return evaluate(self.program, self.mesh, self.params, state.prompts, state.state, batches)
+        return data.Batches(split, self.preprocess, size, train=False)
 
     def _validates_after(self, done: int) -> bool:
         epoch, rest = divmod(done, self.batches.steps_per_epoch)

@@ -6,8 +6,8 @@ trained at once, under vmap, and the rate is chosen by validation accuracy, so t
 rate that suits the prompts.
 """
 
-import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ from vpt_jax.data import Batches, Dataset, Preprocess, Split
 from vpt_jax.methods import Linear
 from vpt_jax.models.zoo import Backbone
 from vpt_jax.training import optimizer as optimizers
-from vpt_jax.training.schedule import warmup_cosine
+from vpt_jax.training import schedule as schedules
 from vpt_jax.training.step import Program, cast_backbone, data_mesh, feature_step, shard_batch
+
+PyTree = Any
 
 #: Base rates (for a batch of 256) of the published grid for linear heads.
 RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
@@ -33,15 +35,38 @@ def features(program: Program, mesh, params, split: Split, batch_size: int) -> n
     return np.concatenate([np.asarray(f) for f in out])[: len(split)]
 
 
-@partial(jax.jit, static_argnames=('epochs', 'warmup_epochs', 'num_classes', 'width'))
-def _train(x, labels, order, rates, key, *, epochs, warmup_epochs, num_classes, width):
-    """Heads [R, ...] after training on batches `order` [steps, B] of example indices, -1 for padding."""
-    optimizer = optimizers.build('sgd', 0.0, 0.0)
-    model = dataclasses.make_dataclass('Width', ['feature_width'])(width)
-    head = Linear().init(key, model, None, num_classes)
-    steps = order.shape[0] // epochs
+def shuffled(count: int, batch_size: int, epochs: int, seed: int) -> np.ndarray:
+    """Example indices int32 [steps, B] of training batches, in the order of `data.Batches`; -1 for padding."""
+    per_epoch = -(-count // batch_size)
+    order = np.full((epochs, per_epoch * batch_size), -1, np.int32)
+    for epoch in range(epochs):
+        order[epoch, :count] = np.random.default_rng((seed, epoch)).permutation(count)
+    return order.reshape(epochs * per_epoch, batch_size)
 
-    def trial(rate):
+
+@partial(jax.jit, static_argnames='momentum')
+def train_heads(
+    x: jax.Array, labels: jax.Array, order: jax.Array, head: PyTree, rates: jax.Array, decays: jax.Array,
+    warmup_epochs: jax.Array, epochs: jax.Array, momentum: float = 0.9,
+) -> PyTree:  # fmt: skip
+    """Trains a linear head on features with SGD, once for each pair of a rate and a weight decay, all at once.
+
+    Args:
+      x: features float32 [N, D].
+      labels: int [N].
+      order: batches of examples, from `shuffled`.
+      head: what all start from, from `Linear.init`.
+      rates, decays: float [K].
+      warmup_epochs, epochs: of the schedule 'cosine'.
+      momentum: of SGD.
+
+    Returns:
+      Heads with a leading axis K.
+    """
+    optimizer = optimizers.build('sgd', 0.0, 0.0, momentum)
+    per_epoch = order.shape[0] // epochs
+
+    def trial(rate, decay):
         def step(carry, args):
             head, opt_state = carry
             t, index = args
@@ -51,16 +76,24 @@ def _train(x, labels, order, rates, key, *, epochs, warmup_epochs, num_classes, 
                 logits = Linear().logits(head, x[index], None)
                 return weight @ optax.softmax_cross_entropy_with_integer_labels(logits, labels[index])
 
-            factor = warmup_cosine(t // steps, warmup_epochs, epochs)
             grads = jax.grad(loss_fn)(head)
-            opt_state = optimizers.with_learning_rate(opt_state, rate * factor)
+            opt_state = optimizers.with_learning_rate(
+                opt_state, schedules.rate('cosine', t, rate, warmup_epochs, epochs, per_epoch)
+            )
             updates, opt_state = optimizer.update(grads, opt_state, head)
             return (optax.apply_updates(head, updates), opt_state), None
 
-        start = (head, optimizer.init(head))
-        return jax.lax.scan(step, start, (jnp.arange(order.shape[0]), order))[0][0]
+        opt_state = optimizer.init(head)
+        opt_state = opt_state._replace(hyperparams={**opt_state.hyperparams, 'weight_decay': decay})
+        return jax.lax.scan(step, (head, opt_state), (jnp.arange(order.shape[0]), order))[0][0]
 
-    return jax.vmap(trial)(rates)
+    return jax.vmap(trial)(rates, decays)
+
+
+def accuracies(heads: PyTree, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Accuracy in [0, 1] of each of K heads on features [N, D]: float [K]."""
+    logits = jax.vmap(lambda head: Linear().logits(head, x, None))(heads)
+    return np.asarray((logits.argmax(-1) == labels).mean(-1))
 
 
 def linear_probe(backbone: Backbone, dataset: Dataset, preprocess: Preprocess, *, seed: int = 0, batch_size: int = 64,
@@ -85,20 +118,14 @@ def linear_probe(backbone: Backbone, dataset: Dataset, preprocess: Preprocess, *
     size = max(batch_size // jax.device_count(), 1) * jax.device_count()
     sets = {name: getattr(dataset, name) for name in ('train', 'val', 'test')}
     found = {name: features(program, mesh, params, split, size) for name, split in sets.items() if len(split)}
-    count = len(sets['train'])
-    per_epoch = -(-count // batch_size)
-    order = np.full((epochs, per_epoch * batch_size), -1, np.int32)
-    for epoch in range(epochs):
-        order[epoch, :count] = np.random.default_rng((seed, epoch)).permutation(count)
-    order = order.reshape(epochs * per_epoch, batch_size)
+    order = shuffled(len(sets['train']), batch_size, epochs, seed)
+    head = Linear().init(jax.random.key(seed), backbone.model, None, dataset.num_classes)
     rates = jnp.asarray(RATES) / 256 * batch_size
-    heads = _train(found['train'], sets['train'].labels, order, rates, jax.random.key(seed), epochs=epochs,
-                   warmup_epochs=warmup_epochs, num_classes=dataset.num_classes,
-                   width=backbone.model.feature_width)  # fmt: skip
+    heads = train_heads(found['train'], sets['train'].labels, order, head, rates, jnp.zeros_like(rates), warmup_epochs,
+                        epochs)  # fmt: skip
 
     def accuracy(name):
-        logits = jax.vmap(lambda head: Linear().logits(head, found[name], None))(heads)
-        return np.asarray((logits.argmax(-1) == sets[name].labels).mean(-1))
+        return accuracies(heads, found[name], sets[name].labels)
 
     chosen = int(accuracy('val' if 'val' in found else 'train').argmax())
     return {

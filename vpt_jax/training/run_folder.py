@@ -32,14 +32,15 @@ def write_result(folder: Path, result: dict) -> None:
     _write(Path(folder) / 'result.json', json.dumps(result, indent=2) + '\n')
 
 
-def _flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
+    """Nested dicts and lists as one dict with dotted names."""
     if isinstance(tree, list | tuple):
         tree = {str(i): v for i, v in enumerate(tree)}
     if not isinstance(tree, dict):
         return {prefix: tree}
     flat = {}
     for name, sub in tree.items():
-        flat |= _flatten(sub, f'{prefix}.{name}' if prefix else name)
+        flat |= flatten(sub, f'{prefix}.{name}' if prefix else name)
     return flat
 
 
@@ -49,6 +50,31 @@ def crc32(state: PyTree) -> int:
     for leaf in jax.tree.leaves(jax.device_get(state)):
         total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
     return total
+
+
+def check_same(path: Path, config: dict) -> None:
+    """Writes a configuration to a file, or compares it with the one that is there.
+
+    Raises:
+      UsageError: the file holds another configuration (the fields that differ are named), or no JSON.
+    """
+    config = json.loads(json.dumps(config))
+    if not path.exists():
+        _write(path, json.dumps(config, indent=2) + '\n')
+        return
+    try:
+        before = flatten(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UsageError(f'{path} is not valid JSON; remove it, or choose another --workdir') from error
+    now = flatten(config)
+    changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    if changed:
+        shown = '; '.join(f'{k}: {before.get(k)!r} there, {now.get(k)!r} now' for k in changed[:6])
+        more = f' and {len(changed) - 6} more' if len(changed) > 6 else ''
+        raise UsageError(
+            f'{path.parent} holds a run with another configuration ({shown}{more}); '
+            'choose another --workdir, or give the same configuration to resume it'
+        )
 
 
 class RunFolder:
@@ -70,7 +96,7 @@ class RunFolder:
         self.main = jax.process_index() == 0
         if self.main:
             self._check_writable(state_bytes * (keep + 2) + 2**20)
-            self._check_config(json.loads(json.dumps(config)))
+            check_same(self.path / 'config.json', config)
         # Written synchronously: a checkpoint is either complete and renamed into place, or invisible.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
         # Without a handler, orbax guesses what it holds from the newest checkpoint, which may be a damaged one.
@@ -94,25 +120,6 @@ class RunFolder:
                 f'--workdir {self.path} has {free / 2**20:.0f} MiB free, and this run needs about '
                 f'{needed / 2**20:.0f} MiB; free some space or choose another folder'
             )
-
-    def _check_config(self, config: dict) -> None:
-        path = self.path / 'config.json'
-        if path.exists():
-            try:
-                before = _flatten(json.loads(path.read_text()))
-            except json.JSONDecodeError as error:
-                raise UsageError(f'{path} is not valid JSON; remove it, or choose another --workdir') from error
-            now = _flatten(config)
-            changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
-            if changed:
-                shown = '; '.join(f'{k}: {before.get(k)!r} there, {now.get(k)!r} now' for k in changed[:6])
-                more = f' and {len(changed) - 6} more' if len(changed) > 6 else ''
-                raise UsageError(
-                    f'{self.path} holds a run with another configuration ({shown}{more}); '
-                    'choose another --workdir, or give the same configuration to resume it'
-                )
-        else:
-            _write(path, json.dumps(config, indent=2) + '\n')
 
     def restore(self, state: PyTree) -> PyTree:
         """The newest undamaged checkpoint, in the shapes and types of `state`; `state` itself if there is none.

@@ -18,7 +18,7 @@ from vpt_jax.checkpoints import containers, scheme
 from vpt_jax.checkpoints.schemes import timm_vit
 from vpt_jax.checkpoints.source import ArraySource, Source
 from vpt_jax.errors import UsageError
-from vpt_jax.models import loading
+from vpt_jax.models import loading, patches
 from vpt_jax.models.places import Context
 from vpt_jax.models.vit import ViT
 
@@ -41,8 +41,8 @@ def claims(case: Case) -> bool:
 
 def run(case: Case, report: Report) -> None:
     """Compares everything that the case holds."""
-    if not case.group('backbone'):
-        _compare_readers(case, report)
+    if len(case.group('backbone')) < 3:  # no network
+        (_compare_readers if 'in/images' in case.arrays else _compare_kernels)(case, report)
         return
     rate = case.config.get('sgd_lr', case.config.get('lr_sgd', case.meta.get('sgd_lr')))
     case = dataclasses.replace(case, meta={**case.meta, 'sgd_lr': rate})
@@ -339,6 +339,17 @@ def _compare_file(case: Case, report: Report, network: Network, path) -> None:
         jax.tree_util.tree_leaves_with_path(held), jax.tree.leaves(network.params), strict=True
     ):
         report.compare('file', f'{path.name}{jax.tree_util.keystr(place)}', ours, np.asarray(theirs), atol=1e-6)
+
+
+def _compare_kernels(case: Case, report: Report) -> None:
+    """FlexiViT's patch kernels of other sizes: one kernel goes in, others come out, their sizes in their shapes."""
+    kernels = [a for n, a in case.arrays.items() if a.ndim == 4 and not n.startswith('out/') and 'image' not in n]
+    if len(kernels) != 1:
+        raise Unsupported('images are not among its arrays')
+    for name, theirs in case.group('out').items():
+        if theirs.ndim != 4 or theirs.shape[2:] != kernels[0].shape[2:]:
+            raise Unsupported(f'array out/{name}')
+        ported.close(report, f'out/{name}', patches.resample(kernels[0], theirs.shape[0]), theirs, 'kernel')
 
 
 def _compare_readers(case: Case, report: Report) -> None:

@@ -152,9 +152,7 @@ def compare_outputs(case: Case, report: Report, ours: dict[str, Any], but: tuple
         ported.close(report, f'out/{name}', ours[name], theirs)
 
 
-def descent(
-    case: Case, report: Report, loss: Callable, trained: dict, weights: dict[str, Weight], model: BEiT
-) -> None:
+def descent(case: Case, report: Report, loss: Callable, trained: dict, weights: dict[str, Weight], model: BEiT) -> None:
     """Compares loss, the gradient of every weight, and plain gradient descent on all of them.
 
     Args:

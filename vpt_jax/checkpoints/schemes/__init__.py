@@ -7,6 +7,7 @@ from vpt_jax.checkpoints.schemes import (
     canonical,
     clip,
     clip_resnet,
+    clip_text,
     convnext,
     hf_dinov2,
     hf_vit,
@@ -18,4 +19,4 @@ from vpt_jax.checkpoints.schemes import (
 )
 
 SCHEMES = (canonical, big_vision, convnext, swin, beit, torch_resnet, bit, clip_resnet, timm_vit, torchvision_vit,
-           hf_vit, hf_dinov2, siglip, clip)  # fmt: skip
+           hf_vit, hf_dinov2, siglip, clip, clip_text)  # fmt: skip

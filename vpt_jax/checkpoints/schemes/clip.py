@@ -16,18 +16,18 @@ from vpt_jax.checkpoints.source import Source
 NAME = 'clip'
 ABOUT = "ViT image towers of CLIP, OpenAI's ('visual.class_embedding') and Hugging Face's ('...pre_layrnorm.weight')"
 
-_OPENAI = Names(
+OPENAI = Names(
     patch='visual.conv1', position='visual.positional_embedding', norm='visual.ln_post',
     block='visual.transformer.resblocks.{}.', norm1='ln_1', norm2='ln_2', qkv=('attn.in_proj_',), out='attn.out_proj',
     mlp=(('mlp.c_fc', 'mlp.c_proj'),), cls='visual.class_embedding', pre_norm='visual.ln_pre',
 )  # fmt: skip
-_HUB = Names(
+HUB = Names(
     patch='embeddings.patch_embedding', position='embeddings.position_embedding.weight', norm='post_layernorm',
     block='encoder.layers.{}.', norm1='layer_norm1', norm2='layer_norm2',
     qkv=tuple(f'self_attn.{part}_proj' for part in 'qkv'), out='self_attn.out_proj', mlp=(('mlp.fc1', 'mlp.fc2'),),
     cls='embeddings.class_embedding', pre_norm='pre_layrnorm',
 )  # fmt: skip
-_SPELLINGS = (_OPENAI, _HUB.within('vision_model.'), _HUB)
+_SPELLINGS = (OPENAI, HUB.within('vision_model.'), HUB)
 _IGNORED = {
     r'text_model\..*|(transformer|token_embedding|ln_final)\..*|positional_embedding|text_projection(\.weight)?':
         'text tower',
@@ -46,7 +46,7 @@ def claims(names: Collection[str]) -> bool:
 
 def port(source: Source, hints: Mapping[str, Any]) -> Ported:
     """The plan for a ViT; without a config.json the activation is OpenAI's (for LAION's, `activation='gelu'`)."""
-    names = _spelling(source.members) or _OPENAI
+    names = _spelling(source.members) or OPENAI
     plan = ViTPlan(source, 'the image tower of a CLIP', names, hints)
     plan.norm('Transformer/encoder_norm', names.norm)
     if hints.get('projection') != 0:
@@ -54,7 +54,7 @@ def port(source: Source, hints: Mapping[str, Any]) -> Ported:
             if name in plan:
                 plan.add('proj/kernel', name, 2, layout)
     conventions = hub_conventions(source, 'quick_gelu', 1e-5)
-    settings = plan.settings(**conventions, posemb_rule='cubic_antialias' if names == _OPENAI else 'cubic')
+    settings = plan.settings(**conventions, posemb_rule='cubic_antialias' if names == OPENAI else 'cubic')
     return dataclasses.replace(plan.ported('vit', settings, _IGNORED), pixels='clip')
 
 

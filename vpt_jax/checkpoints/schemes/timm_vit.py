@@ -82,7 +82,9 @@ def port(source: Source, hints: Mapping[str, Any]) -> Ported:
     official = 'register_tokens' in source.members
     table = _table_of(source)
     names = dataclasses.replace(_NAMES, registers='register_tokens') if official else _NAMES
-    plan = _Plan(source, "a ViT in timm's names", names, {'heads': _MOCO_HEADS, **hints} if table == 'moco' else hints)
+    if table == 'moco' and not hints.get('heads'):
+        hints = {**hints, 'heads': _MOCO_HEADS}
+    plan = _Plan(source, "a ViT in timm's names", names, hints)
     masked = 'mask_token' in plan and not any(name.startswith('decoder_') for name in source.members)
     clip, siglip = 'norm_pre.weight' in plan, 'attn_pool.latent' in plan
     settings = {

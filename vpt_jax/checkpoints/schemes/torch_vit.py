@@ -184,6 +184,8 @@ class ViTPlan(Plan):
         heads = heads or (0 if width % 64 else width // 64)
         if not heads:
             raise UsageError(f'{path} does not tell how many heads its width of {width} is for: give it with heads=')
+        if type(heads) is not int or heads < 1:
+            raise UsageError(f'{path}: {heads!r} is no number of heads: give another heads=')
         if width % heads:
             raise UsageError(f'{path}: {heads} heads do not divide its width of {width}: give another heads=')
         return heads
@@ -203,6 +205,6 @@ def hub_conventions(source: Source, activation: str, ln_eps: float) -> dict[str,
     """
     config = vision_config(source)
     said = config.get('hidden_act')
-    if said is not None and said not in _ACTIVATIONS:
+    if said is not None and (not isinstance(said, str) or said not in _ACTIVATIONS):
         raise unknown(f'hidden_act of {source.path}', said, _ACTIVATIONS)
     return {'activation': _ACTIVATIONS.get(said, activation), 'ln_eps': config.get('layer_norm_eps', ln_eps)}

@@ -12,6 +12,7 @@ Folders are looked for in `data_dir` itself and in the folders of `task.BASES` i
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -20,7 +21,7 @@ import numpy as np
 from vpt_jax.data import lists, tfds_files
 from vpt_jax.data.benchmarks import ap, archives, fgvc, pgn, vtab
 from vpt_jax.data.benchmarks.task import BASES, Files, Task
-from vpt_jax.data.dataset import Dataset, Reading
+from vpt_jax.data.dataset import Dataset, Reading, place
 from vpt_jax.data.decode import Examples
 from vpt_jax.data.preprocess import Preprocess
 from vpt_jax.data.stratify import stratified
@@ -84,15 +85,34 @@ def read(argument: str, preprocess: Preprocess, how: Reading) -> Dataset:
     """
     task = find_task(argument)
     name = f'{argument.partition(":")[0]}:{task.name}'
-    if how.source != 'auto' and how.source not in SOURCES:
-        raise unknown('source', how.source, ('auto', *SOURCES))
-    for source in SOURCES if how.source == 'auto' else (how.source,):
-        place = locate(task, source, how.data_dir)
-        if place is not None:
+    for source in _sources(how.source):
+        found = locate(task, source, how.data_dir)
+        if found is not None:
             if source == 'tfds':
-                return _read_tfds(name, task, str(place), preprocess, how)
-            return _read_files(name, task, source, pathlib.Path(place), preprocess, how)
+                return _read_tfds(name, task, str(found), preprocess, how)
+            return _read_files(name, task, source, pathlib.Path(found), preprocess, how)
     raise missing(name, task, how)
+
+
+def require(name: str, data_dir: str | os.PathLike | None = None, source: str = 'auto') -> None:
+    """Does nothing, unless a dataset is a benchmark's task and not on this machine.
+
+    Args:
+      name, data_dir, source: see `dataset.load`.
+
+    Raises:
+      UsageError: as `read` would.
+    """
+    if name.partition(':')[0] in TASKS:
+        task, how = find_task(name), Reading(data_dir=place(data_dir), source=source)
+        if not any(locate(task, s, how.data_dir) for s in _sources(source)):
+            raise missing(name, task, how)
+
+
+def _sources(source: str) -> tuple[str, ...]:
+    if source != 'auto' and source not in SOURCES:
+        raise unknown('source', source, ('auto', *SOURCES))
+    return SOURCES if source == 'auto' else (source,)
 
 
 def locate(task: Task, source: str, data_dir: pathlib.Path) -> pathlib.Path | str | None:

@@ -165,9 +165,12 @@ def _big_vision() -> Iterator[tuple[str, Row]]:
 
 def _siglip() -> Iterator[tuple[str, Row]]:
     def row(version: str, path: str, variant: str, patch: int, size: int, mib: float | None, words: str) -> Row:
-        network = vit(variant, patch, size, cls_token=False, posemb_prefix=0, pool='map')
+        whole = size // patch * patch
+        network = vit(variant, patch, whole, cls_token=False, posemb_prefix=0, pool='map')
+        # So400m/14 takes images of 384 pixels, and drops what is left of 27 patches.
+        conventions = _TANH if whole == size else {**_TANH, 'image_size': size}
         title = f'{version} {variant}/{patch}, {size} pixels, WebLI{words}'
-        return Row(f'gs://big_vision/{path}.npz', 'vit', network, _TANH, HALF, _APACHE, title, mib, tower='img')
+        return Row(f'gs://big_vision/{path}.npz', 'vit', network, conventions, HALF, _APACHE, title, mib, tower='img')
 
     def name(variant: str, patch: int) -> str:
         # So400m comes with patches of 14 and of 16 pixels, the others with 16 unless they say 32.
