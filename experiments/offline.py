@@ -25,7 +25,7 @@ from vpt_jax.checkpoints import atomic
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.models.zoo import load_backbone
 from vpt_jax.sweep import read_seeds
-from vpt_jax.training.sweep import label, sweep
+from vpt_jax.training.sweep import sweep
 from vpt_jax.training.sweep_table import write_tables
 from vpt_jax.training.trials import changed
 
@@ -78,16 +78,14 @@ def comparison(by_method: dict[str, list[dict]]) -> str:
     methods = list(by_method)
     lines = ['| set | classes | ' + ' | '.join(methods) + ' |', '| --- | --- |' + ' --- |' * len(methods)]
     sums: dict[str, list[float]] = {method: [] for method in methods}
-    for rows in zip(*by_method.values(), strict=False):
+    for rows in zip(*by_method.values(), strict=True):
         cells = []
         for method, row in zip(methods, rows, strict=True):
             accuracy = 100 * np.array(row['test_accuracies'])
             sums[method].append(accuracy.mean())
             cells.append(f'{accuracy.mean():.2f} ± {accuracy.std():.2f}')
         lines.append(f'| {rows[0]["task"]} | {rows[0]["classes"]} | ' + ' | '.join(cells) + ' |')
-    if sums[methods[-1]]:
-        cells = [f'{np.mean(sums[method][: len(sums[methods[-1]])]):.2f}' for method in methods]
-        lines.append('| **mean** | | ' + ' | '.join(cells) + ' |')
+    lines.append('| **mean** | | ' + ' | '.join(f'{np.mean(values):.2f}' for values in sums.values()) + ' |')
     return '\n'.join(lines) + '\n'
 
 
@@ -104,15 +102,12 @@ def main(
         except ModuleNotFoundError as error:
             known = [path.stem for path in (Path(__file__).parents[1] / 'configs').glob('*.py')]
             raise unknown('method', method, known) from error
-        config = module.get_config(f'dataset={next(iter(tasks))},backbone={backbone}')
-        if config.dataset == 'digits':  # its own short recipe is not a protocol
-            config = module.get_config(f'dataset=npz:none,backbone={backbone}')
+        # Any set but `digits` will do here: the short recipe of that one is not the protocol.
+        config = module.get_config(f'dataset=npz:none,backbone={backbone}')
         changes = {'train.eval_batch_size': 64, **RECIPES.get(method, {})}
         if epochs is not None and method != 'linear':
-            changes |= {
-                'train.epochs': epochs,
-                'train.warmup_epochs': min(changes.get('train.warmup_epochs', 1), epochs - 1),
-            }
+            warmup = min(changes.get('train.warmup_epochs', 1), epochs - 1)
+            changes |= {'train.epochs': epochs, 'train.warmup_epochs': warmup}
         folder = Path(workdir) / method
 
         def report(results: list[dict], method=method, folder=folder) -> None:

@@ -80,8 +80,8 @@ def run_with_config(
 
 
 def config_name() -> str:
-    """Name of the config file that was given, without its ending."""
-    return Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
+    """Name of the config file that was given, without its ending and its arguments (which may have paths in them)."""
+    return Path(config_flags.get_config_filename(flags.FLAGS['config']).split(':', 1)[0]).stem
 
 
 def run_with_flags(

@@ -43,12 +43,13 @@ def main(
         raise UsageError(f'cannot tell what to convert to what from {" ".join(paths) or "nothing"!r}: {_USAGE}')
     path, named = containers.split_tower(paths[0])
     with containers.opened(path, pickles=True) as file:
-        # As `load_backbone` does: a published file, known by its name, is run as its row of the catalog says.
+        # As `load_backbone` does: a published file, known by its name, is run as its row of the catalog says. But what
+        # the row resamples stays as it is in the file.
         name, row = (None if file.about else catalog.of_file(path)) or (None, None)
         given, conventions = read_settings(set), dict(row.conventions) if row else {}
-        tower = tower or named or (row.tower if row else None)
+        tower = tower or named
         hints = {**conventions, **given} | ({'tower': tower} if tower else {})
-        part, ported = schemes.port(file, scheme or (row.scheme if row else None), hints)
+        part, ported = schemes.port(file, scheme, hints)
         if row:
             print(f'taken for {name} of the catalog ({row.note})', file=sys.stderr)
             ported = dataclasses.replace(

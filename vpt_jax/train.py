@@ -9,8 +9,8 @@ def main(config, workdir: str) -> None:
     """Trains, evaluates, and prints the accuracy beside a linear probe's on the same split."""
     result, dataset, preprocess = configs.run(config, workdir)
     metrics = result.metrics
-    probe = None
-    if config.train.linear_probe and config.method.name != 'linear':
+    probe, whole = None, preprocess.size == result.backbone.model.image_size
+    if config.train.linear_probe and config.method.name != 'linear' and whole:
         probe = linear_probe(result.backbone, dataset, preprocess, seed=config.seed, precision=metrics['precision'])
         result.add('linear_probe', probe)
     print(f'\n{config.method.name} on {dataset.name}, {result.backbone.name}; everything is in {result.folder}')

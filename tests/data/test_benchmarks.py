@@ -221,7 +221,7 @@ def test_the_published_version_comes_before_newer_ones(tmp_path):
 @pytest.mark.parametrize(
     ('name', 'parts'),
     [
-        ('vtab:cifar100', ('cifar100 3.0.2', 'vtab-1k', 'python -m vpt_jax.fetch vtab:cifar100', '161 MiB', 'none stated')),
+        ('vtab:cifar100', ('cifar100 3.0.2', 'vtab-1k', 'python -m vpt_jax.fetch vtab:cifar100', '161 MiB', 'license')),
         ('fgvc:nabirds', ('nabirds.tar.gz', 'allaboutbirds', 'not for commercial use', 'vpt_jax.fetch fgvc:nabirds')),
         ('ap:gtsrb', ('GTSRB_Final_Test_GT.zip', '0.4 GiB')),
         ('pgn:ucf101', ('a folder ucf101', 'crcv.ucf.edu')),

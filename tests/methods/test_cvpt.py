@@ -70,8 +70,9 @@ def test_random_attentions_are_trained_or_carried_as_state(tiny):
     assert jax.tree.map(lambda a: a.shape, state['attention']) == expected
     kernel = np.asarray(state['attention']['16']['query']['kernel'])
     assert not np.allclose(kernel[0], kernel[1])
-    again = frozen.init_state(tiny.model.clone(scan=True))
-    np.testing.assert_array_equal(kernel, again['attention']['16']['query']['kernel'])
+    scanned, other = (frozen.init_state(tiny.model.clone(scan=True), key=key) for key in (None, jax.random.key(1)))
+    np.testing.assert_array_equal(kernel, scanned['attention']['16']['query']['kernel'])
+    assert not np.allclose(kernel, other['attention']['16']['query']['kernel'])
     # The state is what is used: other numbers there, other scores.
     method = Stack(frozen, Linear())
     prompts = tiny.prompts(method)

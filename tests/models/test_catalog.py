@@ -271,7 +271,7 @@ DOCS = (Path(__file__).parents[2] / 'docs' / 'backbones.md').read_text()
 
 def test_the_page_has_the_table_of_this_code():
     table = re.search(r'<!-- backbones -->\n(.*)\n<!-- /backbones -->', DOCS, re.DOTALL)[1]
-    assert table == listing.markdown(ROWS), 'python -m vpt_jax.backbones --markdown writes the table of the page'
+    assert table == listing.markdown(ROWS), 'python -m vpt_jax.zoo --markdown writes the table of the page'
     names = set(re.findall(r'`((?:vit|mae|siglip|siglip2|mocov3)_\w+?)`', DOCS.split('<!-- backbones -->')[0]))
     assert names and names <= ROWS.keys()
 
@@ -313,7 +313,7 @@ def test_listing(monkeypatch, tmp_path):
 
 
 def test_the_program_lists_what_is_asked_for():
-    done = subprocess.run([sys.executable, '-m', 'vpt_jax.backbones', 'clippo'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'vpt_jax.zoo', 'clippo'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()[1:] if line.startswith('clippo')]
     assert names == [name for name in ROWS if 'clippo' in name]

@@ -121,7 +121,6 @@ def test_a_stopped_run_resumes_to_the_same_bytes(made, task, tmp_path, monkeypat
         ('beit', {'tokenizer': 'made', 'masking.share': 0.0}, '0 of 2x2 patches cannot be hidden'),
         ('tokenizer', {'train.mixup': 0.2}, 'has no labels'),
         ('tokenizer', {'data.augment': 'flip'}, "takes --config.data.augment of 'none' or 'pretrain'"),
-        ('tokenizer', {'backbone': 'random:resnet50_tv'}, 'the teacher must be a ViT'),
     ],
 )
 def test_mistakes_are_sentences(made, task, tmp_path, stage, changes, message):

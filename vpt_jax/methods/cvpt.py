@@ -127,12 +127,12 @@ class CVPT(Method):
         return {'prompts': prompts, 'attention': attention}
 
     def init_state(self, model: Any, num_classes: int = 0, key: jax.Array | None = None) -> PyTree:
-        """The random attentions that are not trained, the same in every run."""
+        """The random attentions that are not trained."""
         if self.sharing != 'random_frozen':
             return {}
+        key = jax.random.key(0) if key is None else key
 
         def draw() -> PyTree:
-            key = jax.random.key(0)
             images = jnp.zeros((1, model.image_size, model.image_size, 3))
             return self._attention(model, model.init(key, images)['params'], key)
 

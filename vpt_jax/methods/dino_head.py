@@ -40,8 +40,10 @@ class DINOHead(Mapped):
         """Refuses to run without weights."""
         super().check(model)
         if not self.projector:
-            raise UsageError("method dino_head needs the weights of DINO's projection head: give projector=FILE.npz, or "
-                             'train a linear head')  # fmt: skip
+            raise UsageError(
+                "method dino_head needs the weights of DINO's projection head: give projector=FILE.npz, or train a "
+                'linear head instead'
+            )
 
     def classifier_state(self, model: Any) -> tuple[PyTree, int]:
         """The arrays of the file."""
@@ -49,8 +51,10 @@ class DINOHead(Mapped):
         state, width = {}, model.feature_width
         for i, (weight, bias) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
             if weight.shape != (*bias.shape, width):
-                raise UsageError(f'{self.projector}: {_LAYERS[i]}.weight has shape {list(weight.shape)}, which does not '
-                                 f'take the {width} numbers that come before it')  # fmt: skip
+                raise UsageError(
+                    f'{self.projector}: {_LAYERS[i]}.weight has shape {list(weight.shape)}, but {width} numbers come '
+                    'before it'
+                )
             state[f'layer_{i}'] = {'kernel': weight.T, 'bias': bias}
             width = len(bias)
         if prototypes.shape[1:] != (width,):

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vpt_jax.errors import UsageError, unknown
@@ -187,7 +188,8 @@ def initial_params(
     """Parameters to train from scratch, as published (microsoft/unilm@768a3c87 beit2).
 
     Kernels, tokens and positions are normal with deviation 0.02, biases, tables and LayerNorms neutral; what the
-    branches of block l (from 0) end with is divided by sqrt(2 (l + 1)). The second branch has PyTorch's default layers.
+    branches of block l (from 0) end with is divided by sqrt(2 (l + 1)). The second branch's kernels are uniform, PyTorch's
+    default.
 
     Args:
       shapes: a tree like the network's parameters, blocks one by one.
@@ -200,25 +202,29 @@ def initial_params(
       A tree like `shapes`, float32.
     """
     flat = flatten_dict(dict(shapes))
+    # One draw for all arrays: a program with hundreds of them takes minutes to compile.
+    ends = np.cumsum([leaf.size for leaf in flat.values()])
+    if one_sigma:
+        normal = 0.02 * jax.random.truncated_normal(key, -1, 1, (ends[-1],))
+    else:
+        normal = 0.02 * jax.random.normal(key, (ends[-1],))
+    uniform = jax.random.uniform(jax.random.fold_in(key, 1), (ends[-1],), minval=-1)
     drawn = {}
-    for path, leaf_key in zip(flat, jax.random.split(key, len(flat)), strict=True):
-        leaf, name = flat[path], path[-1]
-        block = next((p for p in path if p.startswith('encoderblock_')), '')
+    for (path, leaf), end in zip(flat.items(), ends, strict=True):
+        name, part = path[-1], slice(end - leaf.size, end)
         if name == 'scale':
             drawn[path] = jnp.ones(leaf.shape)
         elif name.startswith('layer_scale'):
             drawn[path] = jnp.full(leaf.shape, layer_scale)
-        elif path[0] == 'branch' and name == 'kernel':
-            # `query`, `key` and `value` have their heads, two axes, as outputs.
-            outputs = 2 if path[-2] in ('query', 'key', 'value') else 1
-            bound = math.prod(leaf.shape[:-outputs]) ** -0.5
-            drawn[path] = jax.random.uniform(leaf_key, leaf.shape, minval=-bound, maxval=bound)
         elif name in ('bias', 'relative_bias'):
             drawn[path] = jnp.zeros(leaf.shape)
-        elif one_sigma:
-            drawn[path] = 0.02 * jax.random.truncated_normal(leaf_key, -1, 1, leaf.shape)
+        elif path[0] == 'branch':
+            # `query`, `key` and `value` have their heads, two axes, as outputs.
+            outputs = 2 if path[-2] in ('query', 'key', 'value') else 1
+            drawn[path] = math.prod(leaf.shape[:-outputs]) ** -0.5 * uniform[part].reshape(leaf.shape)
         else:
-            drawn[path] = 0.02 * jax.random.normal(leaf_key, leaf.shape)
+            drawn[path] = normal[part].reshape(leaf.shape)
+        block = next((p for p in path if p.startswith('encoderblock_')), '')
         if block and name == 'kernel' and path[-2] in ('out', 'Dense_1'):
             number = int(block.rsplit('_', 1)[1]) + (branch_from if path[0] == 'branch' else 0)
             drawn[path] /= math.sqrt(2 * (number + 1))

@@ -149,6 +149,8 @@ def tune(
     held_out = getattr(dataset, split)
     names = {ratio: Path(workdir) / f'keep_{ratio:g}' for ratio in ratios}
     whole = [np.arange(len(row)) for row in rows_of(_own(trained), _blocks(trained))]
+    for ratio in ratios:  # a share that leaves nothing is refused before anything runs
+        keep([np.zeros(len(k)) for k in whole], ratio, per_layer)
     scores = importance(trained, dataset.train, score, batch_size, precision)
     chosen = {ratio: keep(scores, ratio, per_layer) for ratio in ratios}
     recipe = _recipe(trained, epochs, base_lr, precision)

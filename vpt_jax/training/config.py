@@ -124,6 +124,17 @@ def build_method(field: ConfigDict) -> methods.Method:
     return methods.build(settings.pop('name'), **settings)
 
 
+def whole_method(config: ConfigDict) -> methods.Method:
+    """The method of a config with its head."""
+    return methods.with_head(build_method(config.method), build_method(config.head))
+
+
+def network(config: ConfigDict) -> Backbone:
+    """The backbone of a config, with the classifier that it came with if the method needs that."""
+    own_classifier = whole_method(config).needs_classifier
+    return load_backbone(config.backbone, image_size=config.image_size, own_classifier=own_classifier)
+
+
 def build_preprocess(config: ConfigDict, backbone: Backbone) -> data.Preprocess:
     """How a config's images become network inputs.
 
@@ -149,7 +160,7 @@ def build_preprocess(config: ConfigDict, backbone: Backbone) -> data.Preprocess:
         mean, std = data.STATISTICS[given.normalise]
     else:
         raise unknown('normalise', given.normalise, ('backbone', 'protocol', *data.STATISTICS))
-    return data.Preprocess(backbone.model.image_size, resize, augment, mean, std)
+    return data.Preprocess(build_method(config.method).input_size(backbone.model), resize, augment, mean, std)
 
 
 def load_dataset(config: ConfigDict, preprocess: data.Preprocess) -> data.Dataset:
@@ -186,9 +197,8 @@ def run(config: ConfigDict, workdir: str | Path, backbone=None) -> tuple[loop.Re
             f'benchmark={config.benchmark} is for `python -m vpt_jax.sweep`; train one task with '
             f'dataset={config.benchmark}:TASK'
         )
-    how = recipe(config)
-    backbone = backbone or load_backbone(config.backbone, image_size=config.image_size)
-    adapted = methods.with_head(build_method(config.method), build_method(config.head))
+    how, adapted = recipe(config), whole_method(config)
+    backbone = backbone or network(config)
     adapted.check(backbone.model)
     preprocess = build_preprocess(config, backbone)
     dataset = load_dataset(config, preprocess)

@@ -134,7 +134,7 @@ def _from_start(state: steps.TrainState, start: Any) -> steps.TrainState:
         ours, given = getattr(state, what), getattr(start, what)
         if jax.tree.map(np.shape, ours) != jax.tree.map(np.shape, given):
             raise UsageError(f'the {what} to start from are not those of this method on this backbone and dataset')
-        state = state.replace(**{what: jax.tree.map(lambda a, b: jnp.asarray(b, a.dtype), ours, given)})
+        state = state.replace(**{what: jax.tree.map(lambda a, b: jnp.array(b, a.dtype), ours, given)})
     return state
 
 

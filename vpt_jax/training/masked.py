@@ -7,16 +7,17 @@ function of the seed and their number, a folder that was stopped is resumed.
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vpt_jax import data
@@ -24,15 +25,17 @@ from vpt_jax.checkpoints import containers
 from vpt_jax.checkpoints.ported import Ported, Weight
 from vpt_jax.checkpoints.source import ArraySource
 from vpt_jax.data import augment
+from vpt_jax.data.masking import block_masks
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods import Full
 from vpt_jax.models import converting, vqkd, zoo
 from vpt_jax.models.beit import BEiT
-from vpt_jax.models.pixels import HALF
+from vpt_jax.models.pixels import HALF, PIXELS
 from vpt_jax.models.vit import ViT
 from vpt_jax.training import config as configs
-from vpt_jax.training import loop, schedule
+from vpt_jax.training import loop
 from vpt_jax.training import optimizer as optimizers
+from vpt_jax.training import schedule as schedules
 from vpt_jax.training import step as steps
 from vpt_jax.training.masked_stages import BeitStage, TokenizerStage
 from vpt_jax.training.run_folder import RunFolder, write_result
@@ -58,7 +61,12 @@ class MaskedRun(loop.Run):
             with jax.default_matmul_precision(precision):
                 return _step(self.stage, self.program, *args)
 
-        return jax.jit(step, donate_argnums=1)
+        return self._compiled(step, donate_argnums=1)
+
+    def _compiled(self, function: Callable, **options: Any) -> Callable:
+        """A function (frozen, state, batch, ...) jitted so that its results can be its arguments without another."""
+        replicated, split = (NamedSharding(self.mesh, PartitionSpec(*axes)) for axes in ((), ('data',)))
+        return jax.jit(function, in_shardings=(replicated, replicated, split), out_shardings=replicated, **options)
 
     def scores(self, state: steps.TrainState) -> dict[str, float]:
         """Means over the test split, or the validation split where there is no test split; {} without either."""
@@ -67,10 +75,11 @@ class MaskedRun(loop.Run):
             return {}
         size = self.recipe.eval_batch_size or self.recipe.batch_size
         batches = data.Batches(split, self.preprocess, size, train=False)
-        score = jax.jit(partial(_score, self.stage))
+        score = self._compiled(partial(_score, self.stage))
         sums = None
         for t, batch in enumerate(batches.epoch()):
-            out = score(self.params, state, steps.shard_batch(batch, self.mesh), jax.random.key(t))
+            numbered = state.replace(step=jnp.asarray(t, jnp.int32))  # decides which patches are hidden
+            out = score(self.params, numbered, steps.shard_batch(batch, self.mesh))
             sums = out if sums is None else jax.tree.map(jnp.add, sums, out)
         found = {name: float(value) / len(split) for name, value in jax.device_get(sums[0]).items()}
         if sums[1] is not None:
@@ -96,9 +105,7 @@ def _step(stage: Any, program: steps.Program, frozen: PyTree, state: steps.Train
         return weight @ each, seen
 
     (loss, (figures, seen)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.prompts)
-    length = state.schedule
-    rate = schedule.rate('cosine', state.step, length['learning_rate'], length['warmup_epochs'], length['epochs'],
-                         length['steps_per_epoch'], program.per_step)  # fmt: skip
+    rate = schedules.rate(program.schedule, state.step, **state.schedule, per_step=program.per_step)
     opt_state = optimizers.with_learning_rate(state.opt_state, rate)
     updates, opt_state = program.transformation().update(grads, opt_state, state.prompts)
     metrics = {'loss': loss, **{name: weight @ value for name, value in figures.items()}, 'learning_rate': rate}
@@ -109,8 +116,9 @@ def _step(stage: Any, program: steps.Program, frozen: PyTree, state: steps.Train
     return state, metrics
 
 
-def _score(stage: Any, frozen: PyTree, state: steps.TrainState, batch: dict, key: jax.Array):
+def _score(stage: Any, frozen: PyTree, state: steps.TrainState, batch: dict):
     """Sums of loss and figures over a batch's images, and how often each code was chosen (None without codes)."""
+    key = jax.random.key(state.step)
     each, (figures, seen) = stage.losses(state.prompts, state.state, frozen, _pixels(batch), key)
     sums = {name: batch['weight'] @ value for name, value in {'loss': each, **figures}.items()}
     return sums, stage.in_use(seen, batch['weight']) if isinstance(stage, TokenizerStage) else None
@@ -134,21 +142,18 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         raise unknown('stage of masked pretraining', config.stage, STAGES)
     if recipe.label_smoothing or recipe.mixup:
         raise UsageError('masked pretraining has no labels: set --config.train.label_smoothing and mixup to 0')
-    preprocess = data.Preprocess(
-        config.image_size, config.data.resize or HALF.resize, config.data.augment, HALF.mean, HALF.std
-    )
+    preprocess = configs.build_preprocess(config, zoo.Backbone(config.stage, _network(config), {}, '', HALF))
     if preprocess.augment not in ('none', 'pretrain') or not preprocess.fixed_size:
         raise UsageError("masked pretraining takes --config.data.augment of 'none' or 'pretrain', and square images")
-    stage, frozen = (_tokenizer_stage if config.stage == 'tokenizer' else _beit_stage)(config)
-    dataset = data.load(
-        config.dataset, preprocess, seed=recipe.seed, on_bad_image=config.data.on_bad_image,
-        on_empty_class=config.data.on_empty_class,
-    )  # fmt: skip
+    stage, frozen = (_tokenizer_stage if config.stage == 'tokenizer' else _beit_stage)(config, preprocess)
+    dataset = configs.load_dataset(config, preprocess)
+    if config.data.train_on == 'train+val':
+        dataset = dataset.with_val_in_train()
     batches = data.Batches(dataset.train, preprocess, recipe.batch_size, seed=recipe.seed)
     precision = recipe.resolved_precision() if config.stage == 'beit' else 'float32'
     program = steps.Program(
         stage.model, Full(), preprocess, 0, recipe.optimizer, recipe.weight_decay > 0, recipe.momentum,
-        recipe.bias_multiplier, recipe.per_step, precision=precision,
+        recipe.bias_multiplier, recipe.per_step, precision=precision, schedule=recipe.schedule,
     )  # fmt: skip
     params, carried = jax.jit(stage.start)(jax.random.fold_in(jax.random.key(recipe.seed), 0))
     stage = dataclasses.replace(stage, model=program.compute_model()) if config.stage == 'beit' else stage
@@ -168,7 +173,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
             if config.stage == 'tokenizer':
                 vqkd.save(result['written'], stage.model, trained)
             else:
-                _save_backbone(result['written'], program.model, trained, jax.device_get(frozen.params))
+                _save_backbone(result['written'], program, trained, jax.device_get(frozen.params))
             write_result(folder.path, result)
     return result
 
@@ -189,7 +194,7 @@ def _network(config: ConfigDict, **settings: Any) -> BEiT:
     return BEiT(**{**kept, **settings})
 
 
-def _tokenizer_stage(config: ConfigDict) -> tuple[TokenizerStage, zoo.Backbone]:
+def _tokenizer_stage(config: ConfigDict, preprocess: data.Preprocess) -> tuple[TokenizerStage, zoo.Backbone]:
     plain = {'relative': 'none', 'final_norm': False, 'fc_norm': True, 'pool': 'none'}
     encoder = _network(config, **plain)
     rows, _ = encoder.grid(config.image_size)
@@ -207,7 +212,7 @@ def _tokenizer_stage(config: ConfigDict) -> tuple[TokenizerStage, zoo.Backbone]:
     return TokenizerStage(model, whole, teacher.pixels.mean, teacher.pixels.std, config.codes.decay), teacher
 
 
-def _beit_stage(config: ConfigDict) -> tuple[BeitStage, zoo.Backbone]:
+def _beit_stage(config: ConfigDict, preprocess: data.Preprocess) -> tuple[BeitStage, zoo.Backbone]:
     if not config.tokenizer:
         raise UsageError('stage=beit needs the tokenizer of the first stage: --config=FILE:stage=beit,tokenizer=PATH')
     with containers.opened(config.tokenizer) as source:
@@ -224,17 +229,19 @@ def _beit_stage(config: ConfigDict) -> tuple[BeitStage, zoo.Backbone]:
             f'patches and the network into {"x".join(map(str, grid))}: they must agree'
         )
     hidden = round(config.masking.share * grid[0] * grid[1])
-    stage = BeitStage(
-        model, tokenizer, HALF.mean, HALF.std, hidden, config.masking.smallest, config.masking.layer_scale
-    )
+    smallest = config.masking.smallest
+    jax.eval_shape(lambda key: block_masks(key, 1, grid, hidden, smallest), jax.random.key(0))  # refuses early
+    stage = BeitStage(model, tokenizer, preprocess.mean, preprocess.std, hidden, smallest, config.masking.layer_scale)
     return stage, zoo.Backbone(Path(config.tokenizer).name, tokenizer, params, sha256, HALF)
 
 
-def _save_backbone(path: str, model: nn.Module, params: PyTree, tokenizer: PyTree) -> None:
+def _save_backbone(path: str, program: steps.Program, params: PyTree, tokenizer: PyTree) -> None:
     """The network with the tokenizer's codes beside its head, so that both are one file."""
-    model = model.clone(code_width=tokenizer['codebook'].shape[1])
+    seen = (program.preprocess.mean, program.preprocess.std)
+    pixels = next(name for name, known in PIXELS.items() if (known.mean, known.std) == seen)
+    model = program.model.clone(code_width=tokenizer['codebook'].shape[1])
     flat = flatten_dict({**params, 'codebook': tokenizer['codebook']}, sep='/')
     flat = {name: np.asarray(array, np.float32) for name, array in flat.items()}
     weights = {name: Weight(array.shape, (name,)) for name, array in flat.items()}
-    ported = Ported('beit', {}, weights, {}, 'half')
+    ported = Ported('beit', {}, weights, {}, pixels)
     converting.write(path, ArraySource(flat, path), ported, model)

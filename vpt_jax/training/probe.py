@@ -93,7 +93,7 @@ def train_heads(
 def accuracies(heads: PyTree, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Accuracy in [0, 1] of each of K heads on features [N, D]: float [K]."""
     logits = jax.vmap(lambda head: Linear().logits(head, x, None))(heads)
-    return np.asarray((logits.argmax(-1) == labels).mean(-1))
+    return np.asarray((logits.argmax(-1) == labels).sum(-1)) / len(labels)
 
 
 def linear_probe(backbone: Backbone, dataset: Dataset, preprocess: Preprocess, *, seed: int = 0, batch_size: int = 64,
@@ -113,13 +113,14 @@ def linear_probe(backbone: Backbone, dataset: Dataset, preprocess: Preprocess, *
       `test_accuracy` and `val_accuracy` in [0, 1] (None for an empty split), `base_lr`, `trained_parameters`.
     """
     mesh = data_mesh()
-    program = Program(backbone.model, Linear(), preprocess, dataset.num_classes, precision=precision)
+    model = backbone.model.clone(classes=0)  # features, whatever the run itself reads
+    program = Program(model, Linear(), preprocess, dataset.num_classes, precision=precision)
     params = cast_backbone(backbone.params, precision, mesh)
     size = max(batch_size // jax.device_count(), 1) * jax.device_count()
     sets = {name: getattr(dataset, name) for name in ('train', 'val', 'test')}
     found = {name: features(program, mesh, params, split, size) for name, split in sets.items() if len(split)}
     order = shuffled(len(sets['train']), batch_size, epochs, seed)
-    head = Linear().init(jax.random.key(seed), backbone.model, None, dataset.num_classes)
+    head = Linear().init(jax.random.key(seed), model, None, dataset.num_classes)
     rates = jnp.asarray(RATES) / 256 * batch_size
     heads = train_heads(found['train'], sets['train'].labels, order, head, rates, jnp.zeros_like(rates), warmup_epochs,
                         epochs)  # fmt: skip

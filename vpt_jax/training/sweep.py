@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from vpt_jax.checkpoints import atomic
 from vpt_jax.data.benchmarks import BENCHMARKS, TASKS, Benchmark, require
 from vpt_jax.errors import UsageError, unknown
-from vpt_jax.models.zoo import Backbone, load_backbone
+from vpt_jax.models.zoo import Backbone
 from vpt_jax.training import config as configs
 from vpt_jax.training.linear_trials import linear_trials
 from vpt_jax.training.run_folder import check_same, flatten
@@ -137,7 +137,7 @@ def sweep(
         require(name, config.data.dir, config.data.source)
     space = search_space(config)
     changed(config, dict(space[0]))  # a field that the config lacks is noticed now, not after loading everything
-    backbone = backbone or load_backbone(config.backbone, image_size=config.image_size)
+    backbone = backbone or configs.network(config)
     check_same(workdir / 'sweep.json', _described(config, backbone, final_on_val))
     results = []
     for name, group in tasks.items():

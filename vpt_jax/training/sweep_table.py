@@ -136,7 +136,8 @@ def summary(results: Sequence[dict], published: Sequence[Published] = ()) -> dic
 
 def _means_row(values: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, float]:
     by_group, of_groups, of_tasks = means(values, groups)
-    return {**by_group, 'of groups': of_groups, 'of tasks': of_tasks}
+    several = {**by_group, 'of groups': of_groups} if len(by_group) > 1 else {}
+    return {**several, 'of tasks': of_tasks}
 
 
 def markdown(table: dict, title: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vpt_jax import data, methods
+from vpt_jax import data
 from vpt_jax.errors import UsageError
 from vpt_jax.models.zoo import Backbone
 from vpt_jax.training import config as configs
@@ -96,11 +96,17 @@ def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
       UsageError: the config has no such field, or it cannot have that value.
     """
     config = config.copy_and_resolve_references()
-    try:
-        config.update_from_flattened_dict(dict(changes))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise UsageError(f'{", ".join(changes)} cannot be set in this config: {reason}') from error
+    for field, value in changes.items():
+        *path, name = field.split('.')
+        node = config
+        for part in path:
+            node = node.get(part) if isinstance(node, ConfigDict) else None
+        if not isinstance(node, ConfigDict) or name not in node:
+            raise UsageError(f'the config has no field {field}, which {value!r} was meant for')
+        try:
+            node[name] = value
+        except TypeError as error:
+            raise UsageError(f'the field {field} of the config cannot be {value!r}: {error}') from error
     return config
 
 
@@ -117,7 +123,7 @@ def run_trials(run: TaskRun, trials: Sequence[Trial]) -> Iterator[Outcome]:
     """Runs trials one after the other, each in a run folder of its own, so that one that was stopped goes on."""
     for trial in trials:
         config = run.config_of(trial)
-        method = methods.with_head(configs.build_method(config.method), configs.build_method(config.head))
+        method = configs.whole_method(config)
         folder = run.folder / 'runs' / trial.key
         try:
             metrics = loop.fit(

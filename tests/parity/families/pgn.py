@@ -73,6 +73,9 @@ def run(case: Case, report: Report) -> None:
     done = adapted.compare(plain, report, prompted, names, rate=case.meta.get('sgd_lr'))
     if 'n_trainable' in case.meta:
         adapted.check_count(report, prompted, case.meta['n_trainable'])
+    ours, theirs = {name for found, _ in names.values() for name in found}, case.meta.get('trainables')
+    if theirs is not None and ours != set(theirs):
+        report.fail(f'trained by one side only: {", ".join(sorted(ours ^ set(theirs)))}')
     outputs = _outputs(case, prompted)
     if any('/patches_' in name for name in case.arrays):
         outputs |= _inverted(case, report, prompted, outputs['prompts'])
@@ -228,6 +231,7 @@ def _inverted(case: Case, report: Report, prompted: Prompted, prompts: jax.Array
     pixels = patches * std + mean
     rounded = (np.rint(np.clip(pixels, 0, 1) * 255) / 255 - mean) / std
     found |= {'pixels_index': pixels, 'canvas': canvas.canvas(images, patches)}
-    if 'out/logits_canvas' in case.arrays:
-        found |= {'logits_canvas': found['logits_pixel_index'], 'logits_pixel_index_8bit': scores(rounded)}
+    found['logits_canvas'] = found['logits_pixel_index']
+    if 'out/logits_pixel_index_8bit' in case.arrays:
+        found['logits_pixel_index_8bit'] = scores(rounded)
     return found

@@ -38,7 +38,7 @@ def unknown_name(name: str) -> UsageError:
     if 'did you mean' in str(error):
         return error
     return UsageError(
-        f'unknown backbone {name!r}: python -m vpt_jax.backbones lists them; a path or an address does too'
+        f'unknown backbone {name!r}: python -m vpt_jax.zoo lists them; a path or an address does too'
     )
 
 

@@ -1,4 +1,4 @@
-"""Lists the published backbones: `python -m vpt_jax.backbones [siglip mae_b16 ...]`.
+"""Lists the published backbones: `python -m vpt_jax.zoo [siglip mae_b16 ...]`.
 
 Arguments are parts of names; without any, all are listed: name, size of the file, whether it is in the cache, licence,
 and what it is. Any of the names goes where a backbone is asked for (`--backbone=NAME`, `vj.load_backbone('NAME')`).
