@@ -4,9 +4,10 @@ from vpt_jax import data, methods
 from vpt_jax.errors import UsageError
 from vpt_jax.models.zoo import Backbone, backbones, load_backbone
 from vpt_jax.training.inference import Trained, load_trained
-from vpt_jax.training.loop import DivergedError, Result, StoppedError, fit
+from vpt_jax.training.loop import DivergedError, Result, fit
 from vpt_jax.training.probe import linear_probe
 from vpt_jax.training.recipe import Recipe
+from vpt_jax.training.stopping import StoppedError
 from vpt_jax.version import __version__
 
 __all__ = ['Backbone', 'DivergedError', 'Recipe', 'Result', 'StoppedError', 'Trained', 'UsageError', '__version__',

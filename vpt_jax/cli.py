@@ -17,7 +17,8 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from vpt_jax.errors import UsageError, unknown
-from vpt_jax.training.loop import DivergedError, StoppedError
+from vpt_jax.training.loop import DivergedError
+from vpt_jax.training.stopping import StoppedError
 
 
 def guarded(main: Callable[[], int | None]) -> Callable[[], None]:

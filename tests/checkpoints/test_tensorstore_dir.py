@@ -28,7 +28,7 @@ def change_header(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize('name', [NAME, f'{NAME}/', 'bv_vit_ts_g.bv', 'bv_vit_ts_g.bv-LAST'])
+@pytest.mark.parametrize('name', [NAME, f'{NAME}/', f'../cases/{NAME}', 'bv_vit_ts_g.bv', 'bv_vit_ts_g.bv-LAST'])
 def test_a_checkpoint_of_big_vision(name):
     with np.load(CASES / 'bv_vit_ts_g.npz') as case, containers.opened(f'{CASES}/{name}') as source:
         part, ported = scheme.port(source)

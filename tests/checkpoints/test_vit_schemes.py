@@ -244,7 +244,8 @@ def test_a_norm_that_a_file_lacks_is_not_made_up():
 
 
 def test_attention_pooling_can_be_left_out():
-    for case, name in (('made_timm_siglip', 'attn_pool.latent'), ('hf_siglip_a', 'vision_model.head.probe')):
+    for case, name in (('made_timm_siglip', 'attn_pool.latent'), ('hf_siglip_a', 'vision_model.head.probe'),
+                       ('bv_vit_map_c', 'img/MAPHead_0/probe')):  # fmt: skip
         ported = port(arrays(case), heads=2, pool='gap')
         assert not any(n.startswith('MAPHead_0') for n in ported.weights)
         assert ported.ignored[name].startswith('attention pooling')

@@ -119,7 +119,7 @@ def test_a_classifier_that_is_given(tmp_path):
     np.testing.assert_allclose(scores, (features @ kernel + bias)[:, :3], rtol=1e-5)
     with pytest.raises(UsageError, match=r'a kernel \[9, S\] and a bias \[S\], not \[6, 7\] and \[7\]'):
         head.init_state(Model(), 3)
-    with pytest.raises(UsageError, match='with the arrays kernel and bias, and .*nowhere.npz is none'):
+    with pytest.raises(UsageError, match=r'with the arrays kernel and bias, and .*nowhere\.npz is none'):
         LabelMapping(classifier=str(tmp_path / 'nowhere.npz')).init_state(Model(classes=0), 3)
 
 
@@ -154,7 +154,7 @@ def test_clip_scores_are_scaled_cosines(texts):
 
 
 def test_clip_without_texts(texts):
-    with pytest.raises(UsageError, match='needs features of texts: give texts=FILE.npz'):
+    with pytest.raises(UsageError, match='needs features of texts'):
         CLIPHead().check(Model(classes=0))
     with pytest.raises(UsageError, match=r'needs text_features \[S, 9\] and one logit_scale, not \[6, 6\] and \[\]'):
         CLIPHead(texts=texts[1]).init_state(Model(), 3)

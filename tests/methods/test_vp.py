@@ -9,7 +9,7 @@ import pytest
 
 from vpt_jax.errors import UsageError
 from vpt_jax.methods import VP, Context, Stack
-from vpt_jax.methods.vp import KINDS, frame_mask
+from vpt_jax.methods.vp import frame_mask
 from vpt_jax.models.network import Network
 
 SIDE = 12
@@ -112,8 +112,8 @@ def test_a_small_image_comes_into_a_frame_of_bounded_pixels():
     np.testing.assert_allclose(out[0][frame], jax.nn.sigmoid(prompts['program'])[frame], atol=1e-5)
     assert out.min() > -1e-5 and out.max() < 1 + 1e-5
     grey = run(method, method.init(jax.random.key(0), Model(), None, 2), images)
-    np.testing.assert_allclose(grey[0][frame], (0.5 - np.float32(PIXELS[0])) / np.float32(PIXELS[1]) + 0 * out[0][frame],
-                               atol=1e-5)  # fmt: skip
+    half = (0.5 - np.float32(PIXELS[0])) / np.float32(PIXELS[1])
+    np.testing.assert_allclose(grey[0][frame], np.broadcast_to(half, (frame.sum(), 3)), atol=1e-5)
 
 
 def test_masked_pixels_get_no_gradient_and_the_mask_opens_some():
@@ -152,15 +152,15 @@ def test_live_entries_of_a_canvas():
 
 
 def test_how_prompts_start():
-    for kind in KINDS:
-        values = np.concatenate([np.asarray(a).ravel() for a in jax.tree.leaves(
-            VP(kind=kind, size=20).init(jax.random.key(0), Model(64), None, 2))])  # fmt: skip
-        if kind in ('additive', 'full', 'expansive'):
-            assert not values.any()
-        else:
-            assert abs(values.mean()) < 0.1 and abs(values.std() - 1) < 0.1
-    other = VP(kind='full', pixel_init='normal').init(jax.random.key(0), Model(64), None, 2)['program']
-    assert abs(other.std() - 1) < 0.1
+    def first(method):
+        leaves = jax.tree.leaves(method.init(jax.random.key(0), Model(40), None, 2))
+        return np.concatenate([np.asarray(a).ravel() for a in leaves])
+
+    for kind in ('additive', 'full', 'expansive'):
+        assert not first(VP(kind=kind, size=12)).any()
+    for method in (VP(size=12), VP(kind='full', pixel_init='normal')):
+        assert abs(first(method).mean()) < 0.1 and abs(first(method).std() - 1) < 0.1
+    assert not first(VP(size=12, pixel_init='zeros')).any()
     assert VP(kind='expansive').input_size(Model(224)) == 128
 
 

@@ -14,7 +14,7 @@ from vpt_jax.checkpoints import containers
 from vpt_jax.errors import UsageError
 from vpt_jax.models import vqkd
 from vpt_jax.training import masked
-from vpt_jax.training.loop import StoppedError
+from vpt_jax.training.stopping import StoppedError
 
 # Images of 16 pixels, 2 x 2 patches, of which 2 are hidden.
 SMALL = {

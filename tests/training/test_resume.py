@@ -12,7 +12,8 @@ import pytest
 from tests.training.test_fit import read_metrics
 from vpt_jax import data
 from vpt_jax.errors import UsageError
-from vpt_jax.training.loop import DivergedError, StoppedError
+from vpt_jax.training.loop import DivergedError
+from vpt_jax.training.stopping import StoppedError
 
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):

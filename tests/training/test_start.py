@@ -11,7 +11,8 @@ from vpt_jax import data
 from vpt_jax.errors import UsageError
 from vpt_jax.methods import SPT
 from vpt_jax.methods.spt import tokens_of
-from vpt_jax.training.loop import StoppedError, default_preprocess
+from vpt_jax.training.loop import default_preprocess
+from vpt_jax.training.stopping import StoppedError
 
 METHOD = SPT(num_tokens=2, deep=False)
 

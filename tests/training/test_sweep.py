@@ -14,7 +14,7 @@ from vpt_jax.errors import UsageError
 from vpt_jax.sweep import choose_tasks, read_seeds
 from vpt_jax.training import config as configs
 from vpt_jax.training.linear_trials import linear_trials
-from vpt_jax.training.loop import StoppedError
+from vpt_jax.training.stopping import StoppedError
 from vpt_jax.training.sweep import GRIDS, SEEDS, benchmark_of, best, label, search_space, sweep
 from vpt_jax.training.trials import Outcome, TaskRun, Trial, changed, run_trials
 

@@ -50,7 +50,7 @@ class TensorstoreSource(Source):
         super().__init__(folder, members, files=files)
 
     def _array(self, member: Member) -> np.ndarray:
-        folder = Path(self.path).absolute() / self._folders[member.name]
+        folder = Path(self.path).resolve() / self._folders[member.name]  # the driver takes no ".."
         spec = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': f'{folder}/'}}
         try:
             array = np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())

@@ -1,5 +1,7 @@
 """Which patches masked pretraining hides: rectangles, until a fixed number is hidden (BEiT, arXiv 2106.08254)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -38,28 +40,30 @@ def block_masks(key: jax.Array, batch: int, grid: tuple[int, int], count: int, s
                          f'{rows * columns - 1}')  # fmt: skip
     if smallest < 1:
         raise UsageError(f'the smallest rectangle of a mask has at least 1 patch, got {smallest}')
-    return jax.vmap(lambda k: _mask(k, rows, columns, count, smallest))(jax.random.split(key, batch))
+    # All draws at once: random numbers inside the loop would be most of what there is to compile.
+    draws_key, last_key = jax.random.split(key)
+    draws = jax.random.uniform(draws_key, (batch, _ATTEMPTS, 4))
+    last = jax.random.uniform(last_key, (batch, rows * columns))
+    return jax.vmap(lambda d, u: _mask(d, u, rows, columns, count, smallest))(draws, last)
 
 
-def _mask(key: jax.Array, rows: int, columns: int, count: int, smallest: int) -> jax.Array:
+def _mask(draws: jax.Array, last: jax.Array, rows: int, columns: int, count: int, smallest: int) -> jax.Array:
     y, x = jnp.mgrid[:rows, :columns]
-    last, *attempts = jax.random.split(key, _ATTEMPTS + 1)
 
-    def attempt(mask, key):
-        area_key, ratio_key, y_key, x_key = jax.random.split(key, 4)
+    def attempt(mask, draw):
         missing = count - mask.sum()
-        area = jax.random.uniform(area_key) * jnp.maximum(missing - smallest, 0) + smallest
-        ratio = jnp.exp(jax.random.uniform(ratio_key, minval=-1, maxval=1) * jnp.log(1 / _FLATTEST))
+        area = draw[0] * jnp.maximum(missing - smallest, 0) + smallest
+        ratio = jnp.exp((2 * draw[1] - 1) * math.log(1 / _FLATTEST))
         height, width = (jnp.round(jnp.sqrt(a)).astype(int) for a in (area * ratio, area / ratio))
-        top = jax.random.randint(y_key, (), 0, jnp.maximum(rows - height, 0) + 1)
-        left = jax.random.randint(x_key, (), 0, jnp.maximum(columns - width, 0) + 1)
+        top = (draw[2] * (jnp.maximum(rows - height, 0) + 1)).astype(int)
+        left = (draw[3] * (jnp.maximum(columns - width, 0) + 1)).astype(int)
         inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
         new = (inside & ~mask).sum()
         fits = (height < rows) & (width < columns) & (new > 0) & (new <= missing)
         return mask | (inside & fits), None
 
-    mask, _ = jax.lax.scan(attempt, jnp.zeros((rows, columns), bool), jnp.stack(attempts))
+    mask, _ = jax.lax.scan(attempt, jnp.zeros((rows, columns), bool), draws)
     mask = mask.reshape(-1)
     # Hidden patches first, the others in random order: the first `count` of them.
-    order = jnp.argsort(jnp.where(mask, -1.0, jax.random.uniform(last, mask.shape)))
+    order = jnp.argsort(jnp.where(mask, -1.0, last))
     return jnp.zeros_like(mask).at[order[:count]].set(True)

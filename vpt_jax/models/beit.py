@@ -188,8 +188,8 @@ def initial_params(
     """Parameters to train from scratch, as published (microsoft/unilm@768a3c87 beit2).
 
     Kernels, tokens and positions are normal with deviation 0.02, biases, tables and LayerNorms neutral; what the
-    branches of block l (from 0) end with is divided by sqrt(2 (l + 1)). The second branch's kernels are uniform, PyTorch's
-    default.
+    branches of block l (from 0) end with is divided by sqrt(2 (l + 1)). Kernels of the second branch are uniform, as
+    PyTorch draws them.
 
     Args:
       shapes: a tree like the network's parameters, blocks one by one.
@@ -215,7 +215,7 @@ def initial_params(
         if name == 'scale':
             drawn[path] = jnp.ones(leaf.shape)
         elif name.startswith('layer_scale'):
-            drawn[path] = jnp.full(leaf.shape, layer_scale)
+            drawn[path] = jnp.full(leaf.shape, layer_scale, jnp.float32)
         elif name in ('bias', 'relative_bias'):
             drawn[path] = jnp.zeros(leaf.shape)
         elif path[0] == 'branch':

@@ -13,16 +13,17 @@ from vpt_jax.training import config as configs
 from vpt_jax.training import step as steps
 from vpt_jax.training.probe import accuracies, features, shuffled, train_heads
 from vpt_jax.training.recipe import Recipe
-from vpt_jax.training.trials import Outcome, TaskRun, Trial, run_trials
+from vpt_jax.training.together import trials_together
+from vpt_jax.training.trials import Outcome, TaskRun, Trial
 
 # So many heads at a time: their optimizer states and scores must fit beside the features.
 _TOGETHER = 64
 
 
 def linear_trials(run: TaskRun, trials: Sequence[Trial]) -> Iterator[Outcome]:
-    """Runs trials that train only a linear head, as published, all at once; others one by one."""
+    """Runs trials that train only a linear head, as published, all at once; others as `trials_together` does."""
     together = [trial for trial in trials if _is_linear(run, trial)]
-    yield from run_trials(run, [trial for trial in trials if trial not in together])
+    yield from trials_together(run, [trial for trial in trials if trial not in together])
     groups: dict[tuple, list[Trial]] = {}
     for trial in together:
         recipe = configs.recipe(run.config_of(trial))

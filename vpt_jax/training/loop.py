@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,13 @@ from vpt_jax.training import evaluation
 from vpt_jax.training import step as steps
 from vpt_jax.training.recipe import Recipe
 from vpt_jax.training.run_folder import Progress, RunFolder, crc32, write_result
+from vpt_jax.training.stopping import StopRequest
 
 PyTree = Any
 
 
 class DivergedError(RuntimeError):
     """The loss became NaN or infinite; the message has the step, the last good checkpoint and advice."""
-
-
-class StoppedError(RuntimeError):
-    """A signal ended the run after its state was saved. `signal` is its number."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.signal = number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,16 +102,8 @@ def fit(
         dataset = data.load(dataset, preprocess, seed=recipe.seed, on_bad_image=on_bad_image,
                             on_empty_class=on_empty_class)  # fmt: skip
     batches = data.Batches(dataset.train, preprocess, recipe.batch_size, seed=recipe.seed)
-    program = steps.Program(
-        backbone.model, method, preprocess, dataset.num_classes, recipe.optimizer, recipe.weight_decay > 0,
-        recipe.momentum, recipe.bias_multiplier, recipe.per_step, recipe.label_smoothing, recipe.mixup,
-        recipe.resolved_precision(), recipe.schedule,
-    )  # fmt: skip
-    state = steps.init_state(
-        program, backbone.params, seed=recipe.seed, learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay, warmup_epochs=recipe.warmup_epochs, epochs=recipe.epochs,
-        steps_per_epoch=batches.steps_per_epoch,
-    )  # fmt: skip
+    program = program_of(recipe, backbone.model, method, preprocess, dataset.num_classes)
+    state = first_state(recipe, program, backbone.params, batches.steps_per_epoch)
     if start is not None:
         state = _from_start(state, start)
     state_bytes = sum(a.nbytes for a in jax.tree.leaves(state))
@@ -127,6 +111,23 @@ def fit(
     with contextlib.closing(folder):
         run = Run(recipe, backbone, dataset, preprocess, batches, program, folder)
         return run.finish(described, *run.train(state, drawn=start is None))
+
+
+def program_of(recipe: Recipe, model, method, preprocess, num_classes: int) -> steps.Program:
+    """What a recipe compiles to; rates and lengths are not part of it."""
+    return steps.Program(
+        model, method, preprocess, num_classes, recipe.optimizer, recipe.weight_decay > 0, recipe.momentum,
+        recipe.bias_multiplier, recipe.per_step, recipe.label_smoothing, recipe.mixup, recipe.resolved_precision(),
+        recipe.schedule,
+    )  # fmt: skip
+
+
+def first_state(recipe: Recipe, program: steps.Program, params: PyTree, steps_per_epoch: int) -> steps.TrainState:
+    """The state before a recipe's first step."""
+    return steps.init_state(
+        program, params, seed=recipe.seed, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay,
+        warmup_epochs=recipe.warmup_epochs, epochs=recipe.epochs, steps_per_epoch=steps_per_epoch,
+    )  # fmt: skip
 
 
 def _from_start(state: steps.TrainState, start: Any) -> steps.TrainState:
@@ -182,7 +183,6 @@ class Run:
         self.params = steps.cast_backbone(backbone.params, program.precision, self.mesh)
         self.total = recipe.epochs * batches.steps_per_epoch
         self.pending: list[tuple[int, dict]] = []
-        self.signal = 0
 
     def step(self):
         """The compiled train step."""
@@ -201,7 +201,7 @@ class Run:
         progress = Progress(self.total, first, self.recipe.batch_size)
         timing = {'began': time.perf_counter(), 'first_step': 0.0, 'steps': self.total - first}
         meter = data.WaitMeter()
-        with self._signals(), contextlib.closing(progress), self._batches(first) as batches:
+        with StopRequest() as request, contextlib.closing(progress), self._batches(first) as batches:
             for t in range(first, self.total):
                 state = self._observed(t, state)
                 batch = next(batches)
@@ -213,7 +213,7 @@ class Run:
                     timing['first_step'] = time.perf_counter() - timing['began']
                     meter.restart()
                 done = t + 1
-                stop = self.signal  # one that comes later than this is for the next step
+                stop = request.number  # one that comes later than this is for the next step
                 last = done == self.total or stop
                 row = None
                 if last or done % self.recipe.log_every_steps == 0:
@@ -225,12 +225,7 @@ class Run:
                     row = self._validate(done, state)
                 progress.update(done, row and {**row, 'waiting for data': meter.share})
                 if stop and done < self.total:
-                    name = signal.Signals(stop).name
-                    raise StoppedError(
-                        stop,
-                        f'{name}: stopped after step {done} of {self.total}, which is saved in {self.folder.path}; '
-                        'run the same command again to resume',
-                    )
+                    raise request.error(done, self.total, self.folder.path)
             jax.block_until_ready(state)
         timing |= {'seconds': time.perf_counter() - timing['began'], 'waiting': meter.share}
         return state, timing
@@ -346,22 +341,3 @@ class Run:
             'compile_seconds': max(timing['first_step'] - per_step, 0.0),
             'share_of_time_waiting_for_data': timing['waiting'],
         }
-
-    @contextlib.contextmanager
-    def _signals(self):
-        """Turns SIGTERM and SIGINT into a request to save and stop after the current step."""
-
-        def request(number, frame):
-            if self.signal:  # the second Ctrl-C is meant
-                raise KeyboardInterrupt
-            self.signal = number
-
-        try:
-            before = {n: signal.signal(n, request) for n in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread: the caller's signals are the caller's
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -172,6 +172,23 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
+def shard_trial_batch(batch: dict[str, np.ndarray], mesh: Mesh, shared: bool) -> dict[str, jax.Array]:
+    """`shard_batch` on a `trial_mesh`; arrays that are not shared by all trials have a leading axis of them.
+
+    Raises:
+      UsageError: if the devices that do not go to trials do not divide the batch.
+    """
+    size, across = batch['label'].shape[-1], mesh.shape['data']
+    if size % across:
+        raise UsageError(f'a batch of {size} examples cannot be split over {across} devices')
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(*_batch_axes(shared))))
+
+
+def along_trials(states: PyTree, mesh: Mesh) -> PyTree:
+    """Puts the stacked states of several trials on a `trial_mesh`."""
+    return jax.device_put(states, NamedSharding(mesh, PartitionSpec('trial')))
+
+
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Puts a tree on every device of the mesh. A step whose first input lay elsewhere would be compiled twice."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -189,6 +189,9 @@ def _canonical_members(source: Source, hints: Mapping[str, Any]) -> tuple[dict[s
             ignored[name] = _READOUT[top]
             continue
         canonical = _canonical(name, inlined_map_head)
+        if canonical.startswith('MAPHead_0/') and hints.get('pool', 'map') != 'map':
+            ignored[name] = 'attention pooling; these features are pooled otherwise'
+            continue
         if canonical in members:
             held = members[canonical].name
             raise UsageError(f'{source.path} holds both {held!r} and {name!r}, which mean the same weights')
