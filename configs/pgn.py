@@ -1,6 +1,6 @@
 """PGN: a small CNN looks at the image and writes its prompts (arXiv 2210.06466).
 
-Published: SGD at a rate of 0.1 for batches of 128 (base rate 0.2), no decay, half of 100 epochs to warm up; the released
+Published: SGD at a rate of 0.1 for batches of 128 (base rate 0.2), no decay, half of 100 epochs to warm up; released
 files were trained for 500 to 1000 epochs. There the head was CLIP's (--config.head.name=clip_head) or linear. The
 published augmentation (color jitter, grey, solarize) is not reproduced.
 """

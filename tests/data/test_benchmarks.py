@@ -1,5 +1,7 @@
 """Every task of the benchmarks with TFDS's own builders, over invented examples: splits, shapes, classes, labels."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -248,3 +250,10 @@ def test_a_missing_task_says_how_to_get_it(tmp_path, name, parts):
 def test_mistakes_are_named(tmp_path, name, flags, message):
     with pytest.raises(UsageError, match=message):
         load(name, SMALL, data_dir=tmp_path, **flags)
+
+
+def test_every_task_is_documented():
+    page = (pathlib.Path(__file__).parents[2] / 'docs' / 'benchmarks.md').read_text()
+    for rows in TASKS.values():
+        for task in rows:
+            assert f'| `{task.name}` | {task.classes} | ' in page

@@ -34,7 +34,7 @@ def read(argument: str, preprocess: Preprocess, how: Reading) -> Dataset:
     feature = (builder.info.supervised_keys or ('image', 'label'))[1]
     classes = tfds_files.class_names(builder, feature) if isinstance(feature, str) else None
     if classes is None or 'image' not in builder.info.features:
-        have = ', '.join(builder.info.features)
+        have = ', '.join(sorted(builder.info.features))
         raise UsageError(f'the TFDS set {argument} is no image classification set: its features are {have}')
     splits = {split: builder.info.splits[split].num_examples for split in builder.info.splits}
     if 'train' not in splits:

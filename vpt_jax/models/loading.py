@@ -22,9 +22,7 @@ from vpt_jax.models.families import FAMILIES, settings_of
 from vpt_jax.models.pixels import PIXELS
 
 
-def build(
-    source: Source, ported: Ported, param_dtype: Any = jnp.float32, **settings: Any
-) -> tuple[nn.Module, dict]:
+def build(source: Source, ported: Ported, param_dtype: Any = jnp.float32, **settings: Any) -> tuple[nn.Module, dict]:
     """A network with the weights of a file in it.
 
     Arrays are read, cast and put on the device one by one, so that little more than the weights themselves is ever in

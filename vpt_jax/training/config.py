@@ -130,9 +130,12 @@ def whole_method(config: ConfigDict) -> methods.Method:
 
 
 def network(config: ConfigDict) -> Backbone:
-    """The backbone of a config, with the classifier that it came with if the method needs that."""
-    own_classifier = whole_method(config).needs_classifier
-    return load_backbone(config.backbone, image_size=config.image_size, own_classifier=own_classifier)
+    """The backbone of a config, with the classifier that it came with if the method needs that.
+
+    A config whose method asks for settings of the network has them in `model`.
+    """
+    own_classifier, settings = whole_method(config).needs_classifier, dict(config.get('model', {}))
+    return load_backbone(config.backbone, image_size=config.image_size, own_classifier=own_classifier, **settings)
 
 
 def build_preprocess(config: ConfigDict, backbone: Backbone) -> data.Preprocess:

@@ -52,11 +52,14 @@ def _compare_cls_variant(case: Case, report: Report, method: SPT, prompted) -> s
         return set()
     model, params = ported.build(case, heads=case.config['heads'])
     other = adapted.adapt(model, (method, Linear()), params, prompted.prompts)
-    _, (logits, seen) = other.value_and_grad()(other.trained, case.arrays['in/images'], case.arrays['in/labels'])[0]
-    for name, ours in (('features', seen['features']), ('logits', logits)):
+    loss, (logits, seen) = other.value_and_grad()(other.trained, case.arrays['in/images'], case.arrays['in/labels'])[0]
+    done = set()
+    for name, ours in (('features', seen['features']), ('logits', logits), ('loss', loss)):
         full = f'out/{name}_cls_variant'
-        ported.close(report, full, ours, case.arrays[full])
-    return {'out/features_cls_variant', 'out/logits_cls_variant'}
+        if full in case.arrays:
+            ported.close(report, full, ours, case.arrays[full])
+            done.add(full)
+    return done
 
 
 def _compare_init(case: Case, report: Report, method: SPT, model, params) -> set[str]:
