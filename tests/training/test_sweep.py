@@ -205,7 +205,7 @@ def test_linear_heads_at_once_equal_single_runs(run, backbone, tmp_path, monkeyp
         'sweep.weight_decay': (0.01, 0.0),
     })  # fmt: skip
     single = run(run_trials, 'single', config=config)
-    monkeypatch.setattr('vpt_jax.training.linear_trials.run_trials', lambda run, trials: iter(()))
+    monkeypatch.setattr('vpt_jax.training.linear_trials.trials_together', lambda run, trials: iter(()))
     together = run(linear_trials, 'together', config=config)
     assert together == single
 

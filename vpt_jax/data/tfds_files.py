@@ -6,6 +6,7 @@ by `records`. The order of examples, and so what a slice of a split holds, is th
 """
 
 import hashlib
+import importlib.util
 import io
 import pathlib
 import re
@@ -153,12 +154,13 @@ def prepare(name: str, data_dir: pathlib.Path, version: str | None = None, also:
     """
     import tensorflow_datasets as tfds
 
+    # Random access by itself; there is no array_record for other systems than Linux.
+    form = 'array_record' if importlib.util.find_spec('array_record') else None
     majors = sorted({int(version.split('.')[0]), *also}) if version else [None]
     builder, problem = None, None
     for asked in [version, *(f'{major}.*.*' for major in majors)] if version else [None]:
         try:
-            builder = tfds.builder(f'{name}:{asked}' if asked else name, data_dir=str(data_dir),
-                                   file_format='array_record')  # fmt: skip
+            builder = tfds.builder(f'{name}:{asked}' if asked else name, data_dir=str(data_dir), file_format=form)
             break
         except Exception as error:  # TFDS raises many kinds
             problem = problem or error
@@ -170,9 +172,10 @@ def prepare(name: str, data_dir: pathlib.Path, version: str | None = None, also:
     try:
         builder.download_and_prepare()
     except ImportError as error:
+        needed = error.name or str(error)
         raise UsageError(
-            f'preparing {name} needs {error.name or "another package"}: pip install {error.name or "tensorflow"} '
-            '(reading it afterwards does not)'
+            f"preparing {name} needs {needed}: pip install '.[prepare]' in a clone of vpt_jax brings it along (reading "
+            'does not need it)'
         ) from error
     except Exception as error:
         by_hand = getattr(builder, 'MANUAL_DOWNLOAD_INSTRUCTIONS', None)

@@ -63,16 +63,17 @@ PUBLISHED_BACKBONE = 'vit_b16_in21k'
 DIGITS = {'epochs': 20, 'warmup_epochs': 2, 'batch_size': 4, 'eval_batch_size': 64}
 
 
-def default(arg: str | None, digits: dict | None = None, **recipe) -> ConfigDict:
+def default(arg: str | None, digits: dict | None = None, head: str = 'linear', **recipe) -> ConfigDict:
     """A config with the published prompt protocol (VPT, VAPT): the method is for the config file to set.
 
     Args:
       arg: `dataset=...,backbone=...` with the forms of `data.load` and `load_backbone`; for `vpt_jax.sweep`
         `benchmark=...` instead of a dataset, with the published backbone if none is given.
+      head: name of the head, which `head=...` in `arg` replaces (`head=clip_head`).
       digits: fields of `Recipe` for the embedded default task, over `recipe` and `DIGITS`.
       **recipe: fields of `Recipe` for everything else, over its defaults.
     """
-    where = parse_arg(arg, dataset='', backbone='', benchmark='')
+    where = parse_arg(arg, dataset='', backbone='', benchmark='', head=head)
     if where['benchmark']:
         if where['dataset']:
             raise UsageError('give either dataset=... (vpt_jax.train) or benchmark=... (vpt_jax.sweep), not both')
@@ -90,7 +91,7 @@ def default(arg: str | None, digits: dict | None = None, **recipe) -> ConfigDict
         'image_size': config_dict.placeholder(int),
         'seed': r.seed,
         'method': {'name': ''},
-        'head': method('linear'),
+        'head': method(where['head']),
         'data': {'augment': config_dict.placeholder(str), 'resize': config_dict.placeholder(str),
                  'normalise': 'backbone', 'train_on': 'train', 'dir': config_dict.placeholder(str), 'source': 'auto',
                  'memory_gb': config_dict.placeholder(float), 'on_bad_image': 'stop', 'on_empty_class': 'stop'},

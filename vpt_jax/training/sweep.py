@@ -94,6 +94,11 @@ def best(outcomes: Sequence[Outcome], ties: str) -> Outcome:
     return max(outcomes, key=lambda o: (round(100 * o.accuracy, 2), sign * dict(o.trial.changes)['optim.lr']))
 
 
+def say_line(line: str) -> None:
+    """Prints a line at once, so that it is not lost when the process is killed."""
+    print(line, flush=True)
+
+
 def sweep(
     config: ConfigDict,
     tasks: Mapping[str, str],
@@ -105,7 +110,7 @@ def sweep(
     execute: Executor = linear_trials,
     backbone: Backbone | None = None,
     report: Callable[[list[dict]], None] = lambda results: None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say_line,
 ) -> list[dict]:
     """Runs the protocol of the module's docstring.
 
@@ -203,6 +208,8 @@ def _outcomes(
         scored = f'{outcome.trial.scored_on} {100 * outcome.accuracy:.2f} %'
         result = scored if outcome.trained_parameters is not None else 'diverged'
         say(f'{label(run.config.dataset)} {outcome.trial.phase} {done}/{len(trials)}: {outcome.trial.key} {result}')
+    for folder in (run.folder / 'runs').glob('together-*'):  # states of programs that ran several trials
+        shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
