@@ -8,6 +8,6 @@ from vpt_jax.training import config as c
 
 
 def get_config(arg=None):
-    config = c.default(arg, base_lr=2.5, digits={'base_lr': 0.5})
+    config = c.default(arg, base_lr=2.5)
     config.method = c.method('ap')
     return config

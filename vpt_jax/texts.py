@@ -1,8 +1,8 @@
 """Features of class names for CLIP's head: `python -m vpt_jax.texts --weights=CLIP --vocabulary=BPE --names=FILE`.
 
-Writes the .npz that `--config.head.texts` takes (`configs/vp.py:head=clip_head`). The weights are a whole CLIP's, a path
-or an address such as hf:openai/clip-vit-base-patch32; the vocabulary is OpenAI's bpe_simple_vocab_16e6.txt.gz or the
-tokenizer.json of a CLIP on the Hugging Face hub; names and templates are text files, one a line.
+Writes the .npz that `--config.head.texts` takes (`configs/vp.py:head=clip_head`). The weights are a whole CLIP's, a
+path or an address such as hf:openai/clip-vit-base-patch32; the vocabulary is OpenAI's bpe_simple_vocab_16e6.txt.gz or
+the tokenizer.json of a CLIP on the Hugging Face hub; names and templates are text files, one a line.
 """
 
 from pathlib import Path

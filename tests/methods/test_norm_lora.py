@@ -117,6 +117,9 @@ def test_what_is_more_than_weights_is_not_merged():
     left, weights, _ = merge(SMALL, method, params, prompts)
     assert [m.name for m in left.methods] == ['norm', 'ap', 'mlp']
     np.testing.assert_array_equal(weights['bn1']['bias'], 1)
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    _, weights, _ = merge(SMALL, Bias(), half, {'bn1': {'bias': jnp.ones(8)}})
+    assert {a.dtype for a in jax.tree.leaves(weights)} == {jnp.dtype(jnp.bfloat16)}
     alone, weights, kept = merge(SMALL, Bias(), params, {'bn1': {'bias': jnp.ones(8)}})
     assert alone == Stack() and kept == {} and (weights['bn1']['bias'] == 1).all()
 

@@ -86,5 +86,6 @@ class LoRA(Method):
         for path in (path[:-1] for path in flat if path[-1] == 'a'):
             kernel = old[(*path, 'kernel')]
             update = (self.alpha / self.rank) * (flat[(*path, 'a')] @ flat[(*path, 'b')])
-            new[(*path, 'kernel')] = kernel + update.reshape(kernel.shape).astype(kernel.dtype)
+            # In float32, whatever the backbone is in: a sum in bfloat16 would swallow small updates.
+            new[(*path, 'kernel')] = kernel.astype(jnp.float32) + update.reshape(kernel.shape)
         return overlay(params, unflatten_dict(new))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from vpt_jax.methods.base import PLACES, Method, PyTree, Stack
 
 
@@ -15,7 +17,8 @@ def merge(model: Any, method: Method, params: PyTree, prompts: PyTree) -> tuple[
       prompts: the method's pytree.
 
     Returns:
-      (what is left of the method, a stack; the weights, likewise stored; the prompts of what is left).
+      (what is left of the method, a stack; the weights, likewise stored and in their types; the prompts of what is
+      left).
     """
     stack = method if isinstance(method, Stack) else Stack(method)
     prompts = prompts if stack is method else {method.name: prompts}
@@ -25,4 +28,5 @@ def merge(model: Any, method: Method, params: PyTree, prompts: PyTree) -> tuple[
             weights = member.weights(prompts[member.name], weights)
         else:
             kept.append(member)
-    return Stack(*kept), model.stored(weights), {member.name: prompts[member.name] for member in kept}
+    merged = jax.tree.map(lambda old, new: new.astype(old.dtype), params, model.stored(weights))
+    return Stack(*kept), merged, {member.name: prompts[member.name] for member in kept}
