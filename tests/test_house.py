@@ -18,6 +18,7 @@ ARROWS = {
     'models': {'checkpoints'},
     'methods': {'models'},
     'training': {'data', 'checkpoints', 'models', 'methods'},
+    'bench': {'data', 'checkpoints', 'models', 'methods', 'training', 'cli'},
     'assets': set(),
 }
 

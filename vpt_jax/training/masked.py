@@ -121,7 +121,7 @@ def _score(stage: Any, frozen: PyTree, state: steps.TrainState, batch: dict):
     key = jax.random.key(state.step)
     each, (figures, seen) = stage.losses(state.prompts, state.state, frozen, _pixels(batch), key)
     sums = {name: batch['weight'] @ value for name, value in {'loss': each, **figures}.items()}
-    return sums, stage.in_use(seen, batch['weight']) if isinstance(stage, TokenizerStage) else None
+    return sums, stage.in_use(seen, batch['weight'])
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:

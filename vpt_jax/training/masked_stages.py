@@ -131,3 +131,6 @@ class BeitStage:
     def after(self, carried: PyTree, seen: tuple, weight: jax.Array) -> PyTree:
         """Nothing is carried."""
         return carried
+
+    def in_use(self, seen: tuple, weight: jax.Array) -> None:
+        """There are no codes of its own."""
