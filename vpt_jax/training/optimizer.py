@@ -70,8 +70,9 @@ def _scale_by_adam_folded(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6)
     """Adam with the bias correction folded into the step size, so that eps is not corrected (as published)."""
 
     def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return _AdamState(jnp.zeros([], jnp.int32), zeros, zeros)
+        # Two trees: a step that is given one twice could not take over its memory.
+        mean, square = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return _AdamState(jnp.zeros([], jnp.int32), mean, square)
 
     def update(grads, state, params=None):
         count = state.count + 1

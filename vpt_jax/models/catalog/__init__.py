@@ -37,9 +37,7 @@ def unknown_name(name: str) -> UsageError:
     error = unknown('backbone', name, rows())
     if 'did you mean' in str(error):
         return error
-    return UsageError(
-        f'unknown backbone {name!r}: python -m vpt_jax.zoo lists them; a path or an address does too'
-    )
+    return UsageError(f'unknown backbone {name!r}: python -m vpt_jax.zoo lists them; a path or an address does too')
 
 
 def of_file(path: str | Path) -> tuple[str, Row] | None:
