@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import os
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -41,11 +41,12 @@ def pairs(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob('*.npz') if path.with_suffix('.json').exists())
 
 
-def run_folder(folder: Path) -> Iterator[Outcome]:
-    """Runs all cases of a folder, in order of their names."""
+def run_folder(folder: Path, names: Collection[str] | None = None) -> Iterator[Outcome]:
+    """Runs the cases of a folder, all or those named, in order of their names."""
+    chosen = [path for path in pairs(folder) if names is None or path.stem in names]
     # Compilation is most of the work, and it leaves Python's lock to others.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        yield from pool.map(run_case, pairs(folder))
+        yield from pool.map(run_case, chosen)
 
 
 def run_case(npz: Path) -> Outcome:
