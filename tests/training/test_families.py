@@ -14,6 +14,8 @@ from vpt_jax.errors import UsageError
 from vpt_jax.methods import VAPT, VPT, Linear, Stack, VPTPad, forward
 from vpt_jax.models.zoo import load_backbone
 
+pytestmark = pytest.mark.slow
+
 TOKENS = {
     'augreg_hybrid_a': {},
     'vpt_deep_a': {'activation': 'gelu'},
