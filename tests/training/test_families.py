@@ -29,12 +29,12 @@ TOKENS = {
     'beitv2_shared_b': {'heads': 4},
 }
 MAPS = {
-    'linear_resnet_a': {},
-    'timm_resnext_b': {},
-    'bv_bit_a': {},
+    'linear_resnet_a': {'image_size': 64},
+    'timm_resnext_b': {'image_size': 64},
+    'bv_bit_a': {'image_size': 64},
     'openai_clip_rn_a': {'heads': 4},
     'ms_swin_a': {},
-    'timm_convnext_a': {},
+    'timm_convnext_a': {'image_size': 64},
 }
 
 
@@ -71,7 +71,8 @@ def descend(backbone, method, steps=3):
     for _ in range(steps):
         value, grads = step(prompts)
         losses.append(float(value))
-        prompts = jax.tree.map(lambda p, g: p - 0.01 * g, prompts, grads)
+        rate = 0.01 / optax.global_norm(grads)  # losses of untrained features may be steep
+        prompts = jax.tree.map(lambda p, g: p - rate * g, prompts, grads)
     return losses
 
 
