@@ -72,7 +72,7 @@ def descend(backbone, method, steps=3):
         value, grads = step(prompts)
         losses.append(float(value))
         rate = 0.01 / optax.global_norm(grads)  # losses of untrained features may be steep
-        prompts = jax.tree.map(lambda p, g: p - rate * g, prompts, grads)
+        prompts = jax.tree.map(lambda p, g, rate=rate: p - rate * g, prompts, grads)
     return losses
 
 
