@@ -289,6 +289,10 @@ class Stack(Method):
                 return m.logits(prompts[m.name], features, ctx.scoped(m.name))
         return features
 
+    def untouched_end(self) -> bool:
+        """Whether no member touches it."""
+        return all(m.untouched_end() for m in self.methods)
+
     def boundaries(self, depth: int) -> tuple[int, ...]:
         """All boundaries of the members."""
         return tuple(sorted({b for m in self.methods for b in m.boundaries(depth)}))

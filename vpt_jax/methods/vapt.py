@@ -155,6 +155,10 @@ class VAPT(Method):
             x = ctx.replace(x, self._static(prompts['deep'][i - 1], x.shape[0], i, ctx))
         return block(x)
 
+    def untouched_end(self) -> bool:
+        """The last block's output is its own."""
+        return True
+
     def boundaries(self, depth: int) -> tuple[int, ...]:
         """Block 0, the static blocks, the adaptive blocks."""
         return (1, self.static_layers)

@@ -185,6 +185,10 @@ class VPT(Method):
         """VPT leaves the readout alone unless a pooling variant is chosen."""
         return super().changes(place) and (place != 'readout' or self.pool != 'original')
 
+    def untouched_end(self) -> bool:
+        """Unless a pooling variant is chosen."""
+        return not self.changes('readout')
+
     def boundaries(self, depth: int) -> tuple[int, ...]:
         """Block 0 differs from the others, and so does what follows the last prompted block."""
         if self.last_layers_overwriting_patches:

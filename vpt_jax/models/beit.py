@@ -119,9 +119,9 @@ class BEiT(ViT):
             self.heads if self.relative in ('block', 'both') else 0,
         )  # fmt: skip
 
-    def encode(self, x: jax.Array, method: Places, prompts: Any, ctx: Context) -> jax.Array:
-        """The blocks and the final norm: [B, T, D] to [B, T, D]."""
-        return self.encoder(x, method, prompts, ctx, self.relative_bias(ctx.images))
+    def encode(self, x: jax.Array, method: Places, prompts: Any, ctx: Context, rows: int | None = None) -> jax.Array:
+        """The blocks and the final norm, as a `ViT`'s."""
+        return self.encoder(x, method, prompts, ctx, self.relative_bias(ctx.images), rows)
 
     def __call__(self, images: jax.Array, method: Places = UNCHANGED, prompts: Any = None,
                  ctx: Context | None = None) -> jax.Array:  # fmt: skip

@@ -169,6 +169,13 @@ class Places:
         """Place 5b: class scores [B, C] from features [B, D]."""
         return features
 
+    def untouched_end(self) -> bool:
+        """Whether `layer` hands on what the last block gave, and `readout` is the network's own.
+
+        A network that reads only its first tokens then computes no others in its last block.
+        """
+        return type(self).layer is Places.layer and type(self).readout is Places.readout
+
     def boundaries(self, depth: int) -> tuple[int, ...]:
         """Block indices at which this method starts to treat blocks differently; `scan` is split there."""
         return ()

@@ -102,8 +102,14 @@ class Attention(nn.Module):
     relative: RelativeBias | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array | None = None, bias: jax.Array | None = None) -> jax.Array:
-        """Attends from `x` [B, T, D] to `keys` [B or 1, S, D] (itself if None), with `attention`'s bias; [B, T, D]."""
+    def __call__(
+        self, x: jax.Array, keys: jax.Array | None = None, bias: jax.Array | None = None, rows: int | None = None
+    ) -> jax.Array:
+        """Attends from `x` [B, T, D] to `keys` [B or 1, S, D] (itself if None), with `attention`'s bias.
+
+        Returns:
+          [B, T, D]; the first `rows` of the T tokens alone if that is given.
+        """
         width = x.shape[-1]
         if self.relative is not None and keys is None:
             shape = self.relative.own_shape
@@ -112,7 +118,8 @@ class Attention(nn.Module):
             bias = by_position if bias is None else bias + by_position
         keys = x if keys is None else keys
         split = (self.heads, width // self.heads)
-        q = Dense(split, self.dtype, 'q' in self.biased, name='query')(x)
+        bias = bias if bias is None else bias[:, :, :rows]
+        q = Dense(split, self.dtype, 'q' in self.biased, name='query')(x[:, :rows])
         k = Dense(split, self.dtype, 'k' in self.biased, name='key')(keys)
         v = Dense(split, self.dtype, 'v' in self.biased, name='value')(keys)
         return Dense((width,), self.dtype, name='out')(attention(q, k, v, bias))
@@ -151,6 +158,10 @@ class Block(nn.Module):
     """A pre-norm transformer block, callable as a whole or by its parts.
 
     `attend` and `feed` are the two residual branches; `norm1`, `attention`, `norm2`, `mlp` their parts.
+
+    Attributes:
+      rows: gives the first so many tokens only, which saves the work on the others; None for all.
+      The others are the parts' settings.
     """
 
     width: int
@@ -163,6 +174,7 @@ class Block(nn.Module):
     dtype: Any = None
     biased: str = 'qkv'
     relative: RelativeBias | None = None
+    rows: int | None = None
 
     def setup(self):
         """Makes the sub-modules and parameters."""
@@ -178,8 +190,8 @@ class Block(nn.Module):
             self.scale2 = self.param('layer_scale_2', init, (self.width,))
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """The attention branch, without the residual: [B, T, D] to [B, T, D]."""
-        y = self.attention(self.norm1(x))
+        """The attention branch, without the residual: [B, T, D] to [B, T or `rows`, D]."""
+        y = self.attention(self.norm1(x), rows=self.rows)
         return y * self.scale1.astype(y.dtype) if self.layer_scale else y
 
     def feed(self, x: jax.Array, beside: jax.Array | None = None) -> jax.Array:
@@ -189,8 +201,8 @@ class Block(nn.Module):
         return y * self.scale2.astype(y.dtype) if self.layer_scale else y
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The whole block: [B, T, D] to [B, T, D]."""
-        x = x + self.attend(x)
+        """The whole block: [B, T, D] to [B, T or `rows`, D]."""
+        x = x[:, : self.rows] + self.attend(x)
         return x + self.feed(x)
 
 
@@ -213,20 +225,28 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, method: Places, prompts: Any, ctx: Context, relative: RelativeBias | None = None
-    ) -> jax.Array:
-        """Runs the blocks over [B, T, D]; a method may change T on the way."""
+        self, x: jax.Array, method: Places, prompts: Any, ctx: Context, relative: RelativeBias | None = None,
+        rows: int | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """Runs the blocks over [B, T, D]; a method may change T on the way.
+
+        Args:
+          x, method, prompts, ctx: as everywhere.
+          relative: what attention adds to its scores by relative position.
+          rows: how many of the first tokens are read, None for all; the last block may leave out the others.
+        """
         run = self._scanned if self.scan else self._unrolled
-        x = run({**self.block, 'relative': relative}, x, method, prompts, ctx)
+        x = run({**self.block, 'relative': relative}, x, method, prompts, ctx, rows)
         return self.norm(x) if self.final_norm else x
 
-    def _unrolled(self, settings, x, method, prompts, ctx):
+    def _unrolled(self, settings, x, method, prompts, ctx, rows):
         for i in range(self.depth):
             ctx.start = i
-            x = method.layer(prompts, Block(**settings, name=f'encoderblock_{i}'), x, i, ctx)
+            kept = rows if i == self.depth - 1 else None
+            x = method.layer(prompts, Block(**settings, rows=kept, name=f'encoderblock_{i}'), x, i, ctx)
         return x
 
-    def _scanned(self, settings, x, method, prompts, ctx):
+    def _scanned(self, settings, x, method, prompts, ctx, rows):  # where all blocks are one, all give all tokens
         def init(key):
             block = Block(**{**settings, 'dropout': 0.0}, parent=None)
             sample = jnp.zeros((1, *x.shape[1:]))

@@ -282,9 +282,15 @@ class ViT(Network, nn.Module):
         prefix = [jnp.broadcast_to(t.astype(x.dtype), (x.shape[0], *t.shape[1:])) for t in prefix]
         return self.drop(jnp.concatenate([*prefix, x], axis=1))
 
-    def encode(self, x: jax.Array, method: Places, prompts: Any, ctx: Context) -> jax.Array:
-        """The blocks and the final norm: [B, T, D] to [B, T, D]."""
-        return self.encoder(x, method, prompts, ctx)
+    def encode(self, x: jax.Array, method: Places, prompts: Any, ctx: Context, rows: int | None = None) -> jax.Array:
+        """The blocks and the final norm: [B, T, D] to [B, T, D], or to [B, rows, D] if no more is read."""
+        return self.encoder(x, method, prompts, ctx, rows=rows)
+
+    def read_tokens(self, method: Places) -> int | None:
+        """How many of the encoder's first tokens are read at the end; None where all may be."""
+        if self.pool not in ('tok', '0') or not method.untouched_end():
+            return None
+        return 2 if self.pool == 'tok' and self.dist_token else 1
 
     def pool_tokens(self, x: jax.Array) -> jax.Array:
         """The backbone's own readout: [B, T, D] from the encoder to [B, D] (or [B, T, D] for pool='none')."""
@@ -317,7 +323,7 @@ class ViT(Network, nn.Module):
         ctx.prefix, ctx.num_patches = self.prefix, x.shape[1] - self.prefix
         x = method.tokens(prompts, x, ctx)
         x = self.norm_pre(x) if self.pre_norm else x
-        x = self.encode(x, method, prompts, ctx)
+        x = self.encode(x, method, prompts, ctx, self.read_tokens(method))
         x = method.readout(prompts, x, self.pool_tokens, ctx)
         x = self.norm_fc(x) if self.fc_norm else x
         x = nn.tanh(self.pre_logits_layer(x)) if self.pre_logits else x
