@@ -65,13 +65,17 @@ class Batches:
         Returns:
           `image` uint8 [B, S, S, 3], `label` int32 [B], and `weight` float32 [B]: 1 for an example, 0 for padding.
         """
-        epoch, step = divmod(int(t), self.steps_per_epoch)
-        index = self._epoch_order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
-        weight = (np.arange(self.batch_size) < len(index)).astype(np.float32)
-        index = np.resize(index, self.batch_size)
+        index, weight = self.examples(t)
         # Positions count from 1: NumPy pads seeds with zeros, so (seed, t, 0) would be epoch t's shuffle.
         images = self._views(index, [(int(t), position + 1) for position in range(self.batch_size)])
         return {'image': images, 'label': self.split.labels[index].astype(np.int32), 'weight': weight}
+
+    def examples(self, t: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which examples batch t has: their indices int64 [B], and their weights float32 [B]."""
+        epoch, step = divmod(int(t), self.steps_per_epoch)
+        index = self._epoch_order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        weight = (np.arange(self.batch_size) < len(index)).astype(np.float32)
+        return np.resize(index, self.batch_size), weight
 
     def views(self, index: np.ndarray) -> np.ndarray:
         """One view of each of these examples, [n] to uint8 [n, S, S, 3], augmented if batches are; always the same."""

@@ -44,7 +44,7 @@ def keep(examples: Examples, preprocess: Preprocess, how: Reading) -> tuple[Spli
         that image is asked for.
     """
     size = _bytes(examples, preprocess)
-    limit = _free_memory() / 4 if how.memory_gb is None else how.memory_gb * _GB
+    limit = free_memory() / 4 if how.memory_gb is None else how.memory_gb * _GB
     if size <= limit:
         return _in_memory(examples, preprocess, how.on_bad_image)
     folder = _file(examples, preprocess, how.on_bad_image, size)
@@ -124,7 +124,8 @@ def _bytes(examples: Examples, preprocess: Preprocess) -> int:
     return int(len(examples) * 3 * side * side * (1 if preprocess.fixed_size else 1.5))
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
+    """Bytes of memory that could be had."""
     try:
         lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
         # Unlike sysconf's count of free pages, this counts what the file cache would give back.

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from vpt_jax.errors import UsageError
+from vpt_jax.methods import prefix
 from vpt_jax.models.places import Context, Places
 
 PyTree = Any
@@ -305,28 +307,34 @@ def overlay(tree: PyTree, part: PyTree) -> PyTree:
     return {**tree, **{k: overlay(tree.get(k, {}), v) for k, v in part.items() if jax.tree.leaves(v)}}
 
 
-def features(model: Any, method: Method, params: PyTree, prompts: PyTree, images: jax.Array, *,
-             state: PyTree = None, train: bool = False, key: jax.Array | None = None,
-             weight: jax.Array | None = None, pixels: Any = None) -> tuple[jax.Array, Context]:  # fmt: skip
+def features(model: Any, method: Method, params: PyTree, prompts: PyTree, images: jax.Array | None, *,
+             state: PyTree = None, train: bool = False, key: jax.Array | None = None, weight: jax.Array | None = None,
+             pixels: Any = None, entering: jax.Array | None = None) -> tuple[jax.Array, Context]:  # fmt: skip
     """The prompted network without the method's head; arguments are those of `forward`.
 
     Returns:
       (features [B, D], the forward pass's context).
     """
     ctx = Context(train=train, key=key, state=state, weight=weight, pixels=pixels)
+    cut = 0 if entering is None else prefix.entry(method, model)
+    if cut == model.depth:
+        return entering, ctx
     if method.changes('weights'):
         params = model.stored(method.weights(prompts, model.canonical(params)))
+    if cut:
+        images = jnp.zeros((len(entering), model.image_size, model.image_size, 3), entering.dtype)
     images = method.pixels(prompts, images, ctx)
     rngs = {}
     if train and method.backbone_dropout:
         model = model.with_dropout(method.backbone_dropout)
         rngs = {'dropout': ctx.rng('backbone')}
-    return model.apply({'params': params}, images, method, prompts, ctx, rngs=rngs), ctx
+    places = prefix.Entered(method, cut, entering) if cut else method
+    return model.apply({'params': params}, images, places, prompts, ctx, rngs=rngs), ctx
 
 
-def forward(model: Any, method: Method, params: PyTree, prompts: PyTree, images: jax.Array, *,
-            state: PyTree = None, train: bool = False, key: jax.Array | None = None,
-            weight: jax.Array | None = None, pixels: Any = None) -> tuple[jax.Array, PyTree]:  # fmt: skip
+def forward(model: Any, method: Method, params: PyTree, prompts: PyTree, images: jax.Array | None, *,
+            state: PyTree = None, train: bool = False, key: jax.Array | None = None, weight: jax.Array | None = None,
+            pixels: Any = None, entering: jax.Array | None = None) -> tuple[jax.Array, PyTree]:  # fmt: skip
     """The prompted network, from images to class scores.
 
     Args:
@@ -341,10 +349,11 @@ def forward(model: Any, method: Method, params: PyTree, prompts: PyTree, images:
       weight: [B] float or None; 0 marks padding examples.
       pixels: (mean, std) of three numbers each, by which images in [0, 1] were normalised; needed by methods whose
         prompts are pixels in [0, 1].
+      entering: [B, ...] what `prefix.entering` made of the images, which are then not looked at and may be None.
 
     Returns:
       (scores [B, C], new state).
     """
     found, ctx = features(model, method, params, prompts, images, state=state, train=train, key=key, weight=weight,
-                          pixels=pixels)  # fmt: skip
+                          pixels=pixels, entering=entering)  # fmt: skip
     return method.logits(prompts, found, ctx), overlay(state or {}, ctx.updates)

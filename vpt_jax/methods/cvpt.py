@@ -188,5 +188,9 @@ class CVPT(Method):
         """Where prompted blocks begin or end."""
         return tuple(i for i in range(1, depth) if self._prompted(i) != self._prompted(i - 1))
 
+    def first_block(self, model: Any) -> int:
+        """The first prompted block."""
+        return next((i for i in range(model.depth) if self._prompted(i)), model.depth)
+
     def _prompted(self, i: int) -> bool:
         return not self.layers or i in self.layers

@@ -85,8 +85,12 @@ class Partial(TrainedWeights):
 
     def selects(self, path: tuple[str, ...], model: Any) -> bool:
         """Blocks L - k to L - 1, and `encoder_norm`."""
-        last = {f'encoderblock_{i}' for i in range(model.depth - self.blocks, model.depth)}
+        last = {f'encoderblock_{i}' for i in range(self.first_block(model), model.depth)}
         return path[0] == 'Transformer' and (path[1] in last or path[1] == 'encoder_norm')
+
+    def first_block(self, model: Any) -> int:
+        """L - k."""
+        return model.depth - self.blocks
 
 
 @dataclasses.dataclass(frozen=True)

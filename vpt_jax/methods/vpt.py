@@ -185,6 +185,10 @@ class VPT(Method):
         """VPT leaves the readout alone unless a pooling variant is chosen."""
         return super().changes(place) and (place != 'readout' or self.pool != 'original')
 
+    def first_block(self, model: Any) -> int:
+        """0, unless only the last blocks are prompted."""
+        return model.depth - self.last_layers_overwriting_patches if self.last_layers_overwriting_patches else 0
+
     def untouched_end(self) -> bool:
         """Unless a pooling variant is chosen."""
         return not self.changes('readout')

@@ -100,7 +100,7 @@ def default(arg: str | None, digits: dict | None = None, head: str = 'linear', *
         'train': {'epochs': r.epochs, 'warmup_epochs': r.warmup_epochs, 'batch_size': r.batch_size,
                   'eval_batch_size': r.eval_batch_size, 'eval_every_epochs': r.eval_every_epochs,
                   'log_every_steps': r.log_every_steps, 'label_smoothing': r.label_smoothing, 'mixup': r.mixup,
-                  'precision': r.precision, 'linear_probe': True},
+                  'precision': r.precision, 'cache_prefix': r.cache_prefix, 'linear_probe': True},
         'checkpoint': {'every_steps': r.checkpoint_every_steps, 'keep': r.keep_checkpoints},
         'sweep': {'grid': prompts if r.optimizer == 'sgd' else 'finetune', 'lr': (), 'weight_decay': (), 'axes': '',
                   'ties': 'smaller', 'fast_lr': 5.0},

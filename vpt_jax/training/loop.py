@@ -15,7 +15,7 @@ from vpt_jax.checkpoints import prompt_file
 from vpt_jax.data.preprocess import normalise
 from vpt_jax.errors import UsageError
 from vpt_jax.models.zoo import Backbone, load_backbone
-from vpt_jax.training import evaluation
+from vpt_jax.training import evaluation, prefixed
 from vpt_jax.training import step as steps
 from vpt_jax.training.recipe import Recipe
 from vpt_jax.training.run_folder import Progress, RunFolder, crc32, write_result
@@ -199,6 +199,10 @@ class Run:
         every = self.recipe.checkpoint_every_steps or self.batches.steps_per_epoch
         step = self.step()
         progress = Progress(self.total, first, self.recipe.batch_size)
+        if prefixed.applies(self.program, self.recipe) and first < self.total:
+            rows = prefixed.rows(self.program, self.mesh, self.params, self.dataset.train, self._eval_size,
+                                 self.folder.path)  # fmt: skip
+            self.batches = prefixed.PrefixedBatches(self.batches, rows, self.mesh)
         timing = {'began': time.perf_counter(), 'first_step': 0.0, 'steps': self.total - first}
         meter = data.WaitMeter()
         with StopRequest() as request, contextlib.closing(progress), self._batches(first) as batches:
@@ -316,8 +320,11 @@ class Run:
         return evaluation.evaluate(self.program, self.mesh, self.params, state.prompts, state.state, batches)
 
     def _evaluation(self, split: data.Split) -> data.Batches:
-        size = self.recipe.eval_batch_size or self.recipe.batch_size
-        return data.Batches(split, self.preprocess, size, train=False)
+        return data.Batches(split, self.preprocess, self._eval_size, train=False)
+
+    @property
+    def _eval_size(self) -> int:
+        return self.recipe.eval_batch_size or self.recipe.batch_size
 
     def _validates_after(self, done: int) -> bool:
         epoch, rest = divmod(done, self.batches.steps_per_epoch)

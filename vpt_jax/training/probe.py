@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vpt_jax.data import Batches, Dataset, Preprocess, Split
+from vpt_jax.data import Dataset, Preprocess, Split
 from vpt_jax.methods import Linear
 from vpt_jax.models.zoo import Backbone
 from vpt_jax.training import optimizer as optimizers
 from vpt_jax.training import schedule as schedules
-from vpt_jax.training.step import Program, cast_backbone, data_mesh, feature_step, shard_batch
+from vpt_jax.training.prefixed import rows
+from vpt_jax.training.step import Program, cast_backbone, data_mesh
 
 PyTree = Any
 
@@ -29,10 +30,7 @@ RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
 
 def features(program: Program, mesh, params, split: Split, batch_size: int) -> np.ndarray:
     """Features float32 [N, D] of a split, from evaluation views."""
-    step = feature_step(program, mesh)
-    batches = Batches(split, program.preprocess, batch_size, train=False)
-    out = [step(params, None, shard_batch(batch, mesh)) for batch in batches.epoch()]
-    return np.concatenate([np.asarray(f) for f in out])[: len(split)]
+    return np.asarray(rows(program, mesh, params, split, batch_size), np.float32)
 
 
 def shuffled(count: int, batch_size: int, epochs: int, seed: int) -> np.ndarray:

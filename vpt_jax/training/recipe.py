@@ -31,6 +31,8 @@ class Recipe:
       eval_every_epochs: validation during training; 0 for only at the end.
       log_every_steps: a line of metrics; the losses of all steps are checked at this distance.
       checkpoint_every_steps: 0 for once an epoch.
+      cache_prefix: compute what the blocks before the first trained one make of every training image once, instead of
+        in every epoch, where images are not augmented (`prefixed`).
       keep_checkpoints: how many are kept, >= 1.
       seed: draws prompts, shuffling, augmentation and dropout.
 
@@ -57,6 +59,7 @@ class Recipe:
     keep_checkpoints: int = 2
     seed: int = 0
     schedule: str = 'cosine'
+    cache_prefix: bool = True
 
     def __post_init__(self):
         for field, value, low in (

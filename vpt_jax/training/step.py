@@ -21,6 +21,7 @@ from vpt_jax.data.preprocess import Preprocess, normalise
 from vpt_jax.errors import UsageError
 from vpt_jax.methods import Method, forward
 from vpt_jax.methods.base import features
+from vpt_jax.methods.prefix import entering
 from vpt_jax.training import optimizer as optimizers
 from vpt_jax.training import schedule as schedules
 
@@ -162,6 +163,8 @@ def trial_mesh(trials: int) -> Mesh:
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts a batch on the mesh, split over `data`; each process gives its own part of the batch.
 
+    What is on the devices already stays as it is.
+
     Raises:
       UsageError: if the devices do not divide the batch.
     """
@@ -169,7 +172,10 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     size = len(batch['label']) * jax.process_count()
     if size % mesh.shape['data']:
         raise UsageError(f'a batch of {size} examples cannot be split over {mesh.shape["data"]} devices')
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    return {
+        name: array if isinstance(array, jax.Array) else jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }
 
 
 def shard_trial_batch(batch: dict[str, np.ndarray], mesh: Mesh, shared: bool) -> dict[str, jax.Array]:
@@ -205,8 +211,8 @@ def train_step(program: Program, mesh: Mesh):
     """Compiles the train step of a program (once per program and mesh).
 
     Returns:
-      step(params, state, batch) -> (state, metrics). `state` is donated. `batch` has `image` uint8 [B, S, S, 3],
-      `label` int32 [B] and `weight` float32 [B]; metrics are the scalars `loss`, `accuracy` and `learning_rate`.
+      step(params, state, batch) -> (state, metrics). `state` is donated. `batch` has `label` int32 [B], `weight`
+      float32 [B], and `image` uint8 [B, S, S, 3] or, made of it by `entering_step`, `entering` [B, ...]; metrics are the scalars `loss`, `accuracy` and `learning_rate`.
     """
     return _compile(_train(program), program, mesh, donate=(1,))
 
@@ -251,7 +257,8 @@ def _train(program: Program):
 
         def loss_fn(prompts):
             logits, carried = forward(model, method, params, prompts, images, state=state.state, train=True, key=key,
-                                      weight=batch['weight'], pixels=program.pixels)  # fmt: skip
+                                      weight=batch['weight'], pixels=program.pixels,
+                                      entering=batch.get('entering'))  # fmt: skip
             logits = logits.astype(jnp.float32)
             return weight @ optax.softmax_cross_entropy(logits, targets), (logits, carried)
 
@@ -311,13 +318,13 @@ def observe_step(program: Program, mesh: Mesh):
 
 
 @lru_cache(maxsize=16)
-def feature_step(program: Program, mesh: Mesh):
-    """Compiles step(params, batch) -> features float32 [B, D] of the backbone without any method."""
+def entering_step(program: Program, mesh: Mesh):
+    """Compiles step(params, None, batch) -> what enters the first block that the method touches (`methods.prefix`)."""
     model = program.compute_model()
 
     def step(params, _, batch):
         images = normalise(batch['image'], program.preprocess.mean, program.preprocess.std)
-        return model.apply({'params': params}, images).astype(jnp.float32)
+        return entering(model, program.method, params, images)
 
     return _compile(step, program, mesh)
 
@@ -336,11 +343,13 @@ def _compile(step, program: Program, mesh: Mesh, donate: tuple[int, ...] = (), s
     return jax.jit(traced, donate_argnums=donate, in_shardings=(replicated, along, split), out_shardings=along)
 
 
-def _prepare(program: Program, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Augmented, normalised images [B, S, S, 3] and soft targets [B, C]."""
-    images = batch['image']
+def _prepare(program: Program, batch: dict, key: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    """Augmented, normalised images [B, S, S, 3], None if their place is taken, and soft targets [B, C]."""
     targets = jax.nn.one_hot(batch['label'], program.num_classes)
     targets = optax.smooth_labels(targets, program.label_smoothing) if program.label_smoothing else targets
+    if 'entering' in batch:
+        return None, targets
+    images = batch['image']
     if program.preprocess.augment == 'pretrain':
         images = augment.pretrain(jax.random.fold_in(key, 1), images.astype(jnp.float32) / 255)
     if program.mixup:

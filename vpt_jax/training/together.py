@@ -18,7 +18,7 @@ import numpy as np
 from vpt_jax import data
 from vpt_jax.methods import Method
 from vpt_jax.training import config as configs
-from vpt_jax.training import loop
+from vpt_jax.training import loop, prefixed
 from vpt_jax.training import step as steps
 from vpt_jax.training.recipe import Recipe
 from vpt_jax.training.run_folder import Progress, RunFolder
@@ -87,6 +87,12 @@ class _Together:
         self.batches = {
             seed: data.Batches(self.dataset.train, run.preprocess, recipe.batch_size, seed=seed) for seed in seeds
         }
+        if prefixed.applies(self.program, recipe):
+            size = recipe.eval_batch_size or recipe.batch_size
+            rows = prefixed.rows(self.program, self.mesh, self.params, self.dataset.train, size, run.folder)
+            self.batches = {
+                seed: prefixed.PrefixedBatches(batches, rows, self.mesh) for seed, batches in self.batches.items()
+            }
         self.per_epoch = self.batches[seeds[0]].steps_per_epoch
         self.total = recipe.epochs * self.per_epoch
 
