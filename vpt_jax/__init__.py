@@ -12,4 +12,5 @@ from vpt_jax.training.stopping import StoppedError
 from vpt_jax.version import __version__
 
 __all__ = ['Backbone', 'DivergedError', 'Recipe', 'Result', 'StoppedError', 'Trained', 'UsageError', '__version__',
-           'backbones', 'data', 'fit', 'keep_compiled', 'linear_probe', 'load_backbone', 'load_trained', 'methods']  # fmt: skip
+           'backbones', 'data', 'fit', 'keep_compiled', 'linear_probe', 'load_backbone', 'load_trained',
+           'methods']  # fmt: skip
