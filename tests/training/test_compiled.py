@@ -75,7 +75,7 @@ def compute():
     return jax.jit(lambda x: x * 3 + 1)(np.arange(4.0)).tolist()
 
 
-def test_the_folder(fresh, tmp_path):
+def test_the_folder(fresh):
     keep_compiled()
     assert compute() == [1, 4, 7, 10]
     assert list((fresh / 'compiled').iterdir())
@@ -115,9 +115,10 @@ def test_a_damaged_program_is_compiled_anew(fresh):
 
 
 def test_what_was_used_last_stays(tmp_path):
+    (tmp_path / 'xla').mkdir()
     for i, size in enumerate((10, 10, 0, 10)):
-        path = tmp_path / f'{i}'
+        path = tmp_path / 'xla' / f'{i}'
         path.write_bytes(bytes(size))
         os.utime(path, (100 + i, 50))
     _trim(tmp_path, 20)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['1', '3']
+    assert sorted(path.name for path in (tmp_path / 'xla').iterdir()) == ['1', '3']

@@ -53,7 +53,7 @@ def _trim(folder: Path, most: int) -> None:
     JAX's own limit takes a lock for every file, and a process killed between its two writes leaves it broken.
     """
     with contextlib.suppress(OSError):  # another process may be deleting the same
-        found = [(path, path.stat()) for path in folder.iterdir()]
+        found = [(path, path.stat()) for path in folder.rglob('*') if path.is_file()]  # XLA's own have folders there
         total = sum(about.st_size for _, about in found)
         for path, about in sorted(found, key=lambda item: max(item[1].st_atime, item[1].st_mtime)):
             if total > most or not about.st_size:
