@@ -21,7 +21,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def command(place):
-    with Commands(place / 'cache') as commands:
+    with Commands() as commands:
         yield commands
 
 

@@ -135,7 +135,7 @@ def test_mistakes_are_answered_with_a_sentence(run, pictures, tmp_path):
 
 
 def test_it_is_a_program(run, pictures, tmp_path):
-    with Commands(tmp_path / 'cache') as command:
+    with Commands() as command:
         done = command('invert', f'--prompt={run}', f'--out={tmp_path / "out"}', pictures / 'one', '--batch_size=1')
         assert done.returncode == 0, done.stderr
         assert f'everything is in {tmp_path / "out"}' in done.stdout

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from vpt_jax.errors import UsageError, unknown
+from vpt_jax.training.compiled import keep_compiled
 from vpt_jax.training.loop import DivergedError
 from vpt_jax.training.stopping import StoppedError
 
@@ -121,6 +122,7 @@ def _run(main: Callable[[list[str]], int | None], description: str, takes_argume
 
     def start(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
+        keep_compiled()
         guarded(lambda: main(argv[1:]))()
 
     sys.modules['__main__'].__doc__ = description

@@ -295,7 +295,7 @@ def test_pickles(tmp_path, name):
 def test_programs(tmp_path, monkeypatch):
     """The command line: exit codes, one sentence on stderr, nothing run."""
     monkeypatch.delenv('VPTJAX_EVIL_RAN', raising=False)
-    with Commands(tmp_path / 'cache') as commands:
+    with Commands() as commands:
         done = commands('convert', TIMM, tmp_path / 'x.safetensors', '--set', 'heads=4', '--set=pool=gap')
         assert (done.returncode, done.stderr) == (0, '') and (tmp_path / 'x.safetensors').exists()
         for name in ('evil_reduce.pth', 'evil_plain_pickle.pth', 'evil_object_array.npz', 'bad_offsets.safetensors'):

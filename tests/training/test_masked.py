@@ -45,7 +45,7 @@ def made(place, task):
     quick = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('XLA_FLAGS', f'{os.environ.get("XLA_FLAGS", "")} {quick}')
-        commands_here = Commands(place / 'cache')
+        commands_here = Commands()
     with commands_here as command:
         commands = [
             ('pretrain', f'--config=configs/pretrain_mim.py:stage=tokenizer,{task}', *flags, tokenizer),

@@ -38,6 +38,7 @@ _COLUMNS = {'method': 'method', 'batch': 'batch', 'precision': 'precision', 'tra
 
 def main(methods, backbone, batch, precision, against, torch_compile, repeats, warmup, json) -> None:
     """Measures every combination and prints one table."""
+    jax.config.update('jax_enable_compilation_cache', False)  # the time to compile is one of the figures
     for name in methods:
         if name not in measure.METHODS:
             raise unknown('benchmark', name, measure.METHODS)

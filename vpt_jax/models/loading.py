@@ -41,7 +41,9 @@ def build(source: Source, ported: Ported, param_dtype: Any = jnp.float32, **sett
       UsageError: settings or names or shapes that do not fit.
     """
     model = network(source, ported, **settings)
-    flat = {name: jnp.asarray(array, param_dtype) for name, array in arrays(source, ported, model)}
+    # Cast by numpy: jax would compile a program for every shape.
+    cast = ((name, np.asarray(array).astype(param_dtype, copy=False)) for name, array in arrays(source, ported, model))
+    flat = {name: jnp.asarray(array, param_dtype) for name, array in cast}
     return model, parameters(model, flat)
 
 

@@ -16,7 +16,6 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.interpolate import make_interp_spline
 
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.models.posemb import resize_matrix
@@ -102,6 +101,8 @@ def distance_matrix(old: int, new: int, rule: str) -> np.ndarray:
     known = np.concatenate([-side[::-1], [0.0], side])
     wanted = np.clip(np.arange(1 - new, new), known[0], known[-1])
     degree = min(3 if rule == 'geometric_cubic' else 1, len(known) - 1)
+    from scipy.interpolate import make_interp_spline  # takes long to import
+
     return make_interp_spline(known, np.eye(len(known)), k=degree)(wanted).astype(np.float32)
 
 

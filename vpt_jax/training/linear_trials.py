@@ -73,7 +73,7 @@ def _train(run: TaskRun, trials: list[Trial], known: dict[str, np.ndarray]) -> I
     scored_on = trials[0].scored_on
     accuracy = accuracies(heads, of(scored_on), getattr(dataset, scored_on).labels)
     finite = np.logical_and.reduce([np.isfinite(a).reshape(len(trials), -1).all(-1) for a in jax.tree.leaves(heads)])
-    size = sum(a[0].size for a in jax.tree.leaves(heads))
+    size = sum(a.size for a in jax.tree.leaves(heads)) // len(trials)
     for i, trial in enumerate(trials):
         yield Outcome(trial, float(accuracy[i]), size) if finite[i] else Outcome(trial, 0.0, None)
 

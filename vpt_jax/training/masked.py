@@ -182,10 +182,12 @@ def _start(program: steps.Program, params: PyTree, carried: PyTree, recipe: Any,
     numbers = {'learning_rate': recipe.learning_rate, 'warmup_epochs': recipe.warmup_epochs, 'epochs': recipe.epochs,
                'steps_per_epoch': length}  # fmt: skip
     return steps.TrainState(
-        step=jnp.zeros([], jnp.int32), prompts=params, state=carried,
-        opt_state=program.transformation(recipe.learning_rate, recipe.weight_decay).init(params),
-        seed=jnp.asarray(recipe.seed, jnp.uint32),
-        schedule={name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()},
+        step=jax.device_put(np.int32(0)), prompts=params, state=carried,
+        opt_state=optimizers.with_rates(
+            jax.jit(program.transformation().init)(params), recipe.learning_rate, recipe.weight_decay
+        ),
+        seed=jax.device_put(np.uint32(recipe.seed)),
+        schedule={name: jax.device_put(np.float32(value)) for name, value in numbers.items()},
     )  # fmt: skip
 
 

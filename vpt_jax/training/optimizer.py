@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vpt_jax.errors import UsageError, unknown
@@ -161,3 +162,9 @@ def with_learning_rate(opt_state: PyTree, learning_rate: jax.Array) -> PyTree:
     old = opt_state.hyperparams['learning_rate']
     hyperparams = {**opt_state.hyperparams, 'learning_rate': jnp.asarray(learning_rate, old.dtype)}
     return opt_state._replace(hyperparams=hyperparams)
+
+
+def with_rates(opt_state: PyTree, learning_rate: float, weight_decay: float) -> PyTree:
+    """The optimizer's state with these rates."""
+    rates = {'learning_rate': learning_rate, 'weight_decay': weight_decay}
+    return opt_state._replace(hyperparams={name: jax.device_put(np.float32(rate)) for name, rate in rates.items()})

@@ -90,8 +90,13 @@ def train_heads(
 
 def accuracies(heads: PyTree, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Accuracy in [0, 1] of each of K heads on features [N, D]: float [K]."""
+    return np.asarray(_hits(heads, x, labels)) / len(labels)
+
+
+@jax.jit
+def _hits(heads: PyTree, x: jax.Array, labels: jax.Array) -> jax.Array:
     logits = jax.vmap(lambda head: Linear().logits(head, x, None))(heads)
-    return np.asarray((logits.argmax(-1) == labels).sum(-1)) / len(labels)
+    return (logits.argmax(-1) == labels).sum(-1)
 
 
 def linear_probe(backbone: Backbone, dataset: Dataset, preprocess: Preprocess, *, seed: int = 0, batch_size: int = 64,
@@ -119,8 +124,8 @@ def linear_probe(backbone: Backbone, dataset: Dataset, preprocess: Preprocess, *
     found = {name: features(program, mesh, params, split, size) for name, split in sets.items() if len(split)}
     order = shuffled(len(sets['train']), batch_size, epochs, seed)
     head = Linear().init(jax.random.key(seed), model, None, dataset.num_classes)
-    rates = jnp.asarray(RATES) / 256 * batch_size
-    heads = train_heads(found['train'], sets['train'].labels, order, head, rates, jnp.zeros_like(rates), warmup_epochs,
+    rates = np.array(RATES, np.float32) / 256 * batch_size
+    heads = train_heads(found['train'], sets['train'].labels, order, head, rates, np.zeros_like(rates), warmup_epochs,
                         epochs)  # fmt: skip
 
     def accuracy(name):
@@ -131,5 +136,5 @@ def linear_probe(backbone: Backbone, dataset: Dataset, preprocess: Preprocess, *
         'test_accuracy': float(accuracy('test')[chosen]) if 'test' in found else None,
         'val_accuracy': float(accuracy('val')[chosen]) if 'val' in found else None,
         'base_lr': RATES[chosen],
-        'trained_parameters': sum(a[0].size for a in jax.tree.leaves(heads)),
+        'trained_parameters': sum(a.size for a in jax.tree.leaves(heads)) // len(RATES),
     }

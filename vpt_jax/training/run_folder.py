@@ -7,13 +7,12 @@ import shutil
 import sys
 import time
 import zlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from vpt_jax.checkpoints import atomic
@@ -80,6 +79,8 @@ def check_same(path: Path, config: dict) -> None:
 class RunFolder:
     """Opens, or reopens, the folder of a run.
 
+    Orbax and tensorboardX, slow to import, are imported when there is something for them to do: after the first step.
+
     Args:
       path: everything the run writes is under it; made if absent.
       config: the run's resolved configuration, plain data that JSON can hold.
@@ -97,13 +98,19 @@ class RunFolder:
         if self.main:
             self._check_writable(state_bytes * (keep + 2) + 2**20)
             check_same(self.path / 'config.json', config)
+        self._keep = keep
+        self._writer = None
+
+    @cached_property
+    def _manager(self):
+        import orbax.checkpoint as ocp
+
         # Written synchronously: a checkpoint is either complete and renamed into place, or invisible.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, enable_async_checkpointing=False)
         # Without a handler, orbax guesses what it holds from the newest checkpoint, which may be a damaged one.
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.path / 'checkpoints', options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
-        self._writer = None
 
     def _check_writable(self, needed: int) -> None:
         try:
@@ -130,6 +137,10 @@ class RunFolder:
         Raises:
           UsageError: there are checkpoints, and none of them can be read.
         """
+        if not (self.path / 'checkpoints').is_dir():
+            return state
+        import orbax.checkpoint as ocp
+
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -163,6 +174,8 @@ class RunFolder:
         Raises:
           UsageError: the disk is full; the checkpoints before are intact.
         """
+        import orbax.checkpoint as ocp
+
         if step in self._manager.all_steps():
             return
         try:
@@ -194,7 +207,6 @@ class RunFolder:
                 if row.get('step', 0) <= step:
                     kept.append(line)
             _write(path, ''.join(line + '\n' for line in kept))
-        self._writer = SummaryWriter(str(self.path / 'tensorboard'), flush_secs=30)
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Appends one line to `metrics.jsonl` and the same scalars to the TensorBoard events."""
@@ -202,6 +214,10 @@ class RunFolder:
             return
         with open(self.path / 'metrics.jsonl', 'a') as f:
             f.write(json.dumps({'step': step, **row}) + '\n')
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.path / 'tensorboard'), flush_secs=30)
         for name, value in row.items():
             self._writer.add_scalar(name, value, step)
 
@@ -212,7 +228,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Flushes and closes what is open."""
-        self._manager.close()
+        if '_manager' in vars(self):
+            self._manager.close()
         if self._writer is not None:
             self._writer.close()
 

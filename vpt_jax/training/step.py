@@ -6,7 +6,7 @@ lengths. Only the prompt pytree is differentiated; the backbone is an argument t
 
 import dataclasses
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.struct
@@ -61,10 +61,9 @@ class Program:
     precision: str = 'float32'
     schedule: str = 'cosine'
 
-    def transformation(self, learning_rate: float = 0.0, weight_decay: float | None = None):
-        """The optax optimizer; the rates matter only for the state that its `init` makes."""
-        decay = float(self.decays) if weight_decay is None else weight_decay
-        return optimizers.build(self.optimizer, learning_rate, decay, self.momentum, self.bias_multiplier)
+    def transformation(self):
+        """The optax optimizer; its rates are those of the state (`optimizer.with_rates`)."""
+        return optimizers.build(self.optimizer, 0.0, float(self.decays), self.momentum, self.bias_multiplier)
 
     @property
     def pixels(self) -> tuple:
@@ -112,19 +111,25 @@ def init_state(program: Program, params: PyTree, *, seed: int, learning_rate: fl
       UsageError: if the backbone lacks a place the method needs.
     """
     program.method.check(program.model)
-    key = jax.random.fold_in(jax.random.key(seed), 0)
-    init = jax.jit(program.method.init, static_argnums=(1, 3))
-    prompts = _strong(init(key, program.model, program.model.canonical(params), program.num_classes))
+    prompts, opt_state, key = _drawn(program, np.uint32(seed), params)
     schedule = {'learning_rate': learning_rate, 'warmup_epochs': warmup_epochs, 'epochs': epochs,
                 'steps_per_epoch': steps_per_epoch}  # fmt: skip
     return TrainState(
-        step=jnp.zeros([], jnp.int32),
+        step=jax.device_put(np.int32(0)),
         prompts=prompts,
-        state=_strong(program.method.init_state(program.model, program.num_classes, jax.random.fold_in(key, 1))),
-        opt_state=program.transformation(learning_rate, weight_decay).init(prompts),
-        seed=jnp.asarray(seed, jnp.uint32),
-        schedule={name: jnp.asarray(value, jnp.float32) for name, value in schedule.items()},
+        state=_strong(program.method.init_state(program.model, program.num_classes, key)),
+        opt_state=optimizers.with_rates(opt_state, learning_rate, weight_decay),
+        seed=jax.device_put(np.uint32(seed)),
+        schedule={name: jax.device_put(np.float32(value)) for name, value in schedule.items()},
     )
+
+
+@partial(jax.jit, static_argnums=0)
+def _drawn(program: Program, seed: jax.Array, params: PyTree) -> tuple[PyTree, PyTree, jax.Array]:
+    """Prompts, the optimizer's state for them, and the key of what the method carries along: one program for all."""
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    prompts = _strong(program.method.init(key, program.model, program.model.canonical(params), program.num_classes))
+    return prompts, program.transformation().init(prompts), jax.random.fold_in(key, 1)
 
 
 def look_at_images(program: Program, state: TrainState, params: PyTree, images: Any) -> TrainState:
