@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -106,11 +107,15 @@ def _tell(file: Source, part: Source, ported: Ported, model: Any, published: str
     print(f'file        {file.path}')
     print(f'sha256      {containers.fingerprint(file.files)}')
     print(f'network     {ported.family}' + (f', {published}' if published else ''))
-    described = {name: getattr(model, name) for name in settings_of(type(model)) if name not in ('dtype', 'scan')}
-    print(f'settings    {" ".join(f"{name}={value}" for name, value in described.items())}')
-    print(f'pixels      {ported.pixels}: {PIXELS[ported.pixels]}')
+    described = ' '.join(f'{name}={value}' for name, value in converting.described(model).items())
+    print(textwrap.fill(described, 120, initial_indent='settings    ', subsequent_indent=' ' * 12,
+                        break_long_words=False, break_on_hyphens=False))  # fmt: skip
+    pixels = PIXELS[ported.pixels]
+    mean, std = (' '.join(map(str, values)) for values in (pixels.mean, pixels.std))
+    print(f'pixels      {ported.pixels}: mean {mean}, deviation {std}, resized by {pixels.resize}')
+    stored = [f'{dtype} ({count})' if len(counts) > 1 else dtype for dtype, count in counts.items()]
     print(f'parameters  {sum(math.prod(shape.shape) for shape in shapes.values()):,} in {len(shapes)} arrays of '
-          f'{", ".join(f"{dtype} ({count})" for dtype, count in counts.items())}')  # fmt: skip
+          f'{", ".join(stored)}')  # fmt: skip
     for line in converting.tree(model, types):
         print(f'  {line}')
     for reason, names in _by_reason(ported.ignored).items():

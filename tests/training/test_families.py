@@ -14,7 +14,7 @@ from vpt_jax.errors import UsageError
 from vpt_jax.methods import VAPT, VPT, Linear, Stack, VPTPad, forward
 from vpt_jax.models.zoo import load_backbone
 
-pytestmark = pytest.mark.slow
+PROMISED = 0.005  # of the loss, by the gradient of each step
 
 TOKENS = {
     'augreg_hybrid_a': {},
@@ -54,26 +54,28 @@ def load(tmp_path):
     return loaded
 
 
-def descend(backbone, method, steps=3):
-    """Losses of plain gradient descent on one batch."""
+def descend(backbone, method, count=3):
+    """Losses [count + 1] on one batch before and after steps; the gradient promises each a part of its loss."""
     method.check(backbone.model)
-    size = backbone.model.image_size
+    model, labels, size = backbone.model, jnp.arange(3), backbone.model.image_size
     images = np.random.default_rng(0).normal(size=(3, size, size, 3)).astype(np.float32)
-    labels, params = jnp.arange(3), backbone.params
-    prompts = method.init(jax.random.key(0), backbone.model, backbone.model.canonical(params), 3)
-    state = method.init_state(backbone.model, 3, jax.random.key(1))
+    prompts = method.init(jax.random.key(0), model, model.canonical(backbone.params), 3)
+    state = method.init_state(model, 3, jax.random.key(1))
 
-    def loss(prompts):
-        logits, _ = forward(backbone.model, method, params, prompts, images, state=state)
+    def loss(prompts, params, images):
+        logits, _ = forward(model, method, params, prompts, images, state=state)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    step, losses = jax.jit(jax.value_and_grad(loss), **QUICK), []
-    for _ in range(steps):
-        value, grads = step(prompts)
+    def step(prompts, params, images):
+        value, grads = jax.value_and_grad(loss)(prompts, params, images)
+        rate = PROMISED * value / optax.tree.norm(grads, squared=True)  # as small as VAPT needs it, which is steep
+        return value, jax.tree.map(lambda p, g: p - rate * g, prompts, grads)
+
+    step, losses = jax.jit(step, **QUICK), []
+    for _ in range(count + 1):
+        value, prompts = step(prompts, backbone.params, images)
         losses.append(float(value))
-        rate = 0.01 / optax.global_norm(grads)  # losses of untrained features may be steep
-        prompts = jax.tree.map(lambda p, g, rate=rate: p - rate * g, prompts, grads)
-    return losses
+    return np.asarray(losses)
 
 
 @pytest.mark.parametrize('name', TOKENS)
@@ -81,7 +83,7 @@ def test_prompts_train_on_networks_of_tokens(load, name):
     backbone = load(name, TOKENS[name])
     for method in (Linear(), Stack(VPT(num_tokens=2, deep=True), Linear()), Stack(VAPT(num_tokens=2), Linear())):
         losses = descend(backbone, method)
-        assert np.isfinite(losses).all() and losses[-1] < losses[0], (method, losses)
+        np.testing.assert_allclose(-np.diff(losses), PROMISED * losses[:-1], rtol=0.5, err_msg=str(method))
 
 
 @pytest.mark.parametrize('name', MAPS)
@@ -90,7 +92,7 @@ def test_frames_train_on_networks_of_maps(load, name):
     frame = VPTPad(num_pixels=backbone.model.image_size // 2)  # a Swin wants whole windows
     for method in (Linear(), Stack(frame, Linear())):
         losses = descend(backbone, method)
-        assert np.isfinite(losses).all() and losses[-1] < losses[0], (method, losses)
+        np.testing.assert_allclose(-np.diff(losses), PROMISED * losses[:-1], rtol=0.5, err_msg=str(method))
     for method in (VPT(), VAPT()):
         with pytest.raises(
             UsageError, match=f"changes the 'tokens' of a network, which {type(backbone.model).__name__}"

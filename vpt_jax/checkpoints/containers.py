@@ -47,7 +47,8 @@ def opened(path: str | os.PathLike, pickles: bool = False) -> Source:
             return tensorstore_dir.TensorstoreSource(path)
         path = _inside(path)
     if not path.exists():
-        raise UsageError(f'there is no file {path} (looked for {path.absolute()})')
+        where = '' if path.is_absolute() else f' (looked for {path.absolute()})'
+        raise UsageError(f'there is no file {path}{where}')
     start = _start(path)
     pickled = [name for name in _zipped(path, start) if name.endswith('.pkl')]
     if any(name.endswith('constants.pkl') for name in pickled):

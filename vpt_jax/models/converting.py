@@ -27,6 +27,9 @@ FORMS = ('canonical', 'big_vision')
 
 # How a network is run, not what it is.
 _RUN = ('dtype', 'scan', 'dropout')
+# What is told of a network even where it is as usual.
+_TOLD = ('width', 'depth', 'depths', 'heads', 'patch_size', 'image_size', 'pool', 'posemb_rule', 'activation',
+         'ln_eps')  # fmt: skip
 # Settings of a ViT that big_vision's has too, whatever their value; all others must be as big_vision's is.
 _SHARED = ('width', 'depth', 'mlp_dim', 'heads', 'patch_size', 'image_size', 'pool', 'posemb', 'posemb_rule',
            'cls_token', 'pre_logits', 'stem_width', *_RUN)  # fmt: skip
@@ -161,6 +164,12 @@ def features(model: nn.Module, params: dict) -> np.ndarray:
     with jax.default_matmul_precision('highest'):
         found = jax.jit(model.clone(dtype=jnp.float32).apply)({'params': params}, fixed_image(model.image_size))
     return np.asarray(found, np.float32).reshape(-1)
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """The settings that tell a network from others of its family, and its conventions; not what is left off or out."""
+    unset = {f.name: f.default for f in dataclasses.fields(model)}
+    return {name: value for name, value in _settings(model).items() if name in _TOLD or value != unset[name]}
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 from vpt_jax.checkpoints.layouts import from_heads, into_heads, rows
 from vpt_jax.checkpoints.plan import Plan
 from vpt_jax.checkpoints.ported import Ported
+from vpt_jax.checkpoints.schemes.torch_vit import checked_heads
 from vpt_jax.checkpoints.source import Source
 from vpt_jax.errors import UsageError
 
@@ -221,9 +222,7 @@ class _BeitPlan(Plan):
             if self.has(table):
                 return self.size(table, 2)[1]
         heads = self.hints.get('heads') or self.source.config.get('num_attention_heads') or self.width // 64
-        if not heads or self.width % heads:
-            raise UsageError(f'{self.source.path} does not tell its number of heads: give it with heads=')
-        return heads
+        return checked_heads(self.source.path, self.width, heads)
 
     def _window(self) -> tuple[int, int]:
         """Rows and columns of patches that tables or positions are for."""

@@ -182,13 +182,25 @@ class ViTPlan(Plan):
         width, path = self.width, self.source.path
         heads = hints.get('heads') or vision_config(self.source).get('num_attention_heads') or known.get(width)
         heads = heads or (0 if width % 64 else width // 64)
-        if not heads:
-            raise UsageError(f'{path} does not tell how many heads its width of {width} is for: give it with heads=')
-        if type(heads) is not int or heads < 1:
-            raise UsageError(f'{path}: {heads!r} is no number of heads: give another heads=')
-        if width % heads:
-            raise UsageError(f'{path}: {heads} heads do not divide its width of {width}: give another heads=')
-        return heads
+        return checked_heads(path, width, heads)
+
+
+def checked_heads(path: str, width: int, heads: Any) -> int:
+    """A number of heads that a network of this width can have.
+
+    Raises:
+      UsageError: it is none, or not known (0, None).
+    """
+    if not heads:
+        raise UsageError(
+            f'{path} does not tell how many heads its width of {width} is for: give it with heads=, or once and '
+            f'for all with python -m vpt_jax.convert {path} OUT.safetensors --set heads=N'
+        )
+    if type(heads) is not int or heads < 1:
+        raise UsageError(f'{path}: {heads!r} is no number of heads: give another heads=')
+    if width % heads:
+        raise UsageError(f'{path}: {heads} heads do not divide its width of {width}: give another heads=')
+    return heads
 
 
 def vision_config(source: Source) -> Mapping[str, Any]:
