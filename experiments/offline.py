@@ -3,10 +3,10 @@
     python -m experiments.offline --data=SETS --methods=linear,vpt_deep,vapt --seeds=3
 
 SETS is a folder of `.npz` files (see `vpt_jax.data.arrays`) and of image folders (see `vpt_jax.data.folder`); `--sets`
-picks some of them, and may name `digits`, the embedded one. For every method and set the settings are chosen on val and
-final runs on train and val are scored on test, as `vpt_jax.sweep` does on VTAB-1k; the grids are those of `RECIPES`.
-It can be stopped and given again at any point. Tables are written as markdown, csv and json for each method, and one
-for all of them.
+picks some of them, and may name `digits`, the embedded one. For every method and set the rate is chosen on val and
+final runs on train and val are scored on test, as `vpt_jax.sweep` does on VTAB-1k; what is searched is in `RECIPES`.
+It can be stopped and given again at any point, and several processes may share the work folder if each has other
+methods. Tables are written as markdown, csv and json for each method, and one for all of them.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 if __name__ == '__main__':  # also as `python experiments/offline.py`
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -29,14 +30,40 @@ from vpt_jax.training.sweep import sweep
 from vpt_jax.training.sweep_table import write_tables
 from vpt_jax.training.trials import changed
 
-#: What differs from the configs in `configs/`: grids and lengths that two CPU cores get through in hours. On so small a
-#: network the published SGD takes deep prompts about twice as many epochs as AdamW. `linear` is as published.
-RECIPES = {
-    'vpt_deep': {'optim.name': 'adamw', 'train.batch_size': 8, 'train.epochs': 15, 'train.warmup_epochs': 2,
-                 'sweep.lr': (2.0, 1.0, 0.5), 'sweep.weight_decay': (0.001,)},
-    'vapt': {'train.batch_size': 4, 'train.epochs': 12, 'train.warmup_epochs': 2,
-             'sweep.lr': (1.0, 0.5, 0.25), 'sweep.weight_decay': (0.001,)},
+#: One protocol for all: AdamW, as many epochs, three rates a method, chosen on val. What it costs is what two CPU cores
+#: get through in an hour or two; the published lengths are ten times longer.
+PROTOCOL = {
+    'optim.name': 'adamw', 'optim.schedule': 'cosine', 'optim.per_step': True, 'train.epochs': 10,
+    'train.warmup_epochs': 1, 'train.batch_size': 8, 'sweep.weight_decay': (0.001,),
 }  # fmt: skip
+_FIVE = {'method.num_tokens': 5}
+_PAIR = {'method.vpt.num_tokens': 5}
+_PROMPTS, _SMALLER, _WEIGHTS = (2.0, 0.5, 0.125), (0.5, 0.125, 0.03), (0.06, 0.015, 0.004)
+#: What is compared: rates (for a batch of 256), and settings that fit a network of 16 patches. Of each a config.
+RECIPES: dict[str, tuple[tuple[float, ...], dict]] = {
+    'linear': (_SMALLER, {}),
+    'mlp': (_SMALLER, {}),
+    'vpt_shallow': (_PROMPTS, _FIVE),
+    'vpt_deep': (_PROMPTS, _FIVE),
+    'vapt': (_SMALLER, _FIVE),
+    'spt': (_PROMPTS, _FIVE),
+    'cvpt': (_PROMPTS, _FIVE),
+    'pgn': (_SMALLER, _FIVE),
+    'iip': (_PROMPTS, _FIVE),
+    'vp': ((8.0, 2.0, 0.5), {'method.size': 8}),
+    'ap': (_PROMPTS, {}),
+    'norm': (_SMALLER, {}),
+    'lora': (_SMALLER, {}),
+    'bias': (_SMALLER, {}),
+    'adapter': (_SMALLER, {}),
+    'partial': (_WEIGHTS, {}),
+    'full': (_WEIGHTS, {}),
+    'prompt_bias': (_SMALLER, _PAIR),
+    'cls_prompt': (_PROMPTS, _PAIR),
+}
+#: Not a method but the yardstick with all it can get: the published protocol, 40 settings and 100 epochs of SGD.
+PUBLISHED_LINEAR = 'linear_published'
+METHODS = (*RECIPES, PUBLISHED_LINEAR)
 _GROUP = 'local sets'
 
 
@@ -74,19 +101,39 @@ def _has_image_folders(path: Path) -> bool:
 
 
 def comparison(by_method: dict[str, list[dict]]) -> str:
-    """Markdown: a line a set, mean and deviation over seeds of the test accuracy in per cent for every method."""
-    methods = list(by_method)
-    lines = ['| set | classes | ' + ' | '.join(methods) + ' |', '| --- | --- |' + ' --- |' * len(methods)]
-    sums: dict[str, list[float]] = {method: [] for method in methods}
-    for rows in zip(*by_method.values(), strict=True):
-        cells = []
-        for method, row in zip(methods, rows, strict=True):
-            accuracy = 100 * np.array(row['test_accuracies'])
-            sums[method].append(accuracy.mean())
-            cells.append(f'{accuracy.mean():.2f} ± {accuracy.std():.2f}')
-        lines.append(f'| {rows[0]["task"]} | {rows[0]["classes"]} | ' + ' | '.join(cells) + ' |')
-    lines.append('| **mean** | | ' + ' | '.join(f'{np.mean(values):.2f}' for values in sums.values()) + ' |')
+    """Markdown: a line a method, with mean and deviation over seeds of the test accuracy in per cent on every set.
+
+    Args:
+      by_method: what `sweep` returned, all for the same sets.
+    """
+    tasks = [f'{row["task"]} ({row["classes"]})' for row in next(iter(by_method.values()))]
+    lines = [f'| method | trained | {" | ".join(tasks)} | mean |', '| --- |' + ' --- |' * (len(tasks) + 2)]
+    for method, rows in by_method.items():
+        accuracies = [100 * np.array(row['test_accuracies']) for row in rows]
+        cells = [f'{values.mean():.2f} ± {values.std():.2f}' for values in accuracies]
+        trained = f'{rows[0]["trained_parameters"]:,}'
+        mean = np.mean([values.mean() for values in accuracies])
+        lines.append(f'| {method} | {trained} | {" | ".join(cells)} | {mean:.2f} |')
     return '\n'.join(lines) + '\n'
+
+
+def config_of(method: str, backbone: str, epochs: int | None = None) -> ConfigDict:
+    """The config of a method of `RECIPES`, or `PUBLISHED_LINEAR`, with the protocol in it.
+
+    Raises:
+      UsageError: there is no such method.
+    """
+    if method not in METHODS:
+        raise unknown('method', method, METHODS)
+    published = method == PUBLISHED_LINEAR
+    module = importlib.import_module('configs.linear' if published else f'configs.{method}')
+    # Any set but `digits` will do here: the short recipe of that one is not the protocol.
+    config = changed(module.get_config(f'dataset=npz:none,backbone={backbone}'), {'train.eval_batch_size': 64})
+    if published:
+        return config
+    rates, settings = RECIPES[method]
+    lengths = {} if epochs is None else {'train.epochs': epochs}
+    return changed(config, {**PROTOCOL, 'sweep.lr': rates, **settings, **lengths})
 
 
 def main(
@@ -96,26 +143,14 @@ def main(
     tasks = {dataset: _GROUP for dataset in find_sets(data, sets).values()}
     network = load_backbone(backbone)
     by_method: dict[str, list[dict]] = {}
-    for method in methods:
-        try:
-            module = importlib.import_module(f'configs.{method}')
-        except ModuleNotFoundError as error:
-            known = [path.stem for path in (Path(__file__).parents[1] / 'configs').glob('*.py')]
-            raise unknown('method', method, known) from error
-        # Any set but `digits` will do here: the short recipe of that one is not the protocol.
-        config = module.get_config(f'dataset=npz:none,backbone={backbone}')
-        changes = {'train.eval_batch_size': 64, **RECIPES.get(method, {})}
-        if epochs is not None and method != 'linear':
-            warmup = min(changes.get('train.warmup_epochs', 1), epochs - 1)
-            changes |= {'train.epochs': epochs, 'train.warmup_epochs': warmup}
+    for method in METHODS if methods == ['all'] else methods:
+        config = config_of(method, backbone, epochs)
         folder = Path(workdir) / method
 
         def report(results: list[dict], method=method, folder=folder) -> None:
             print('\n' + write_tables(folder, results, f'{method}, {backbone}'), flush=True)
 
-        by_method[method] = sweep(
-            changed(config, changes), tasks, folder, seeds=read_seeds(seeds), backbone=network, report=report
-        )
+        by_method[method] = sweep(config, tasks, folder, seeds=read_seeds(seeds), backbone=network, report=report)
     text = comparison(by_method)
     for name, content in (('results.md', text), ('results.json', json.dumps(by_method, indent=2) + '\n')):
         with atomic.replacing(Path(workdir) / name) as file:
@@ -128,11 +163,11 @@ def _flags() -> list[flags.FlagHolder]:
     return [
         text('data', None, 'folder of .npz files and image folders'),
         names('sets', [], 'names of some of them, or digits; by default all'),
-        names('methods', ['linear', 'vpt_deep', 'vapt'], 'names of files in configs/'),
+        names('methods', ['linear', 'vpt_deep', 'vapt'], f'of {", ".join(METHODS)}; or all'),
         text('seeds', '3', 'how many of the published seeds, or a list of seeds'),
         text('backbone', 'tiny_vit64', 'backbone of every run'),
         text('workdir', 'runs/offline', 'everything is written here'),
-        flags.DEFINE_integer('epochs', None, 'instead of the recipes, except for linear', lower_bound=2),
+        flags.DEFINE_integer('epochs', None, 'instead of the ten of the protocol', lower_bound=2),
     ]
 
 

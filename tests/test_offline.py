@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.offline import comparison, find_sets, main
+from experiments.offline import METHODS, PUBLISHED_LINEAR, comparison, config_of, find_sets, main
 from tests.commands import write_task
 from tests.training.conftest import arrays
 from vpt_jax.errors import UsageError
+from vpt_jax.models.zoo import load_backbone
+from vpt_jax.training import config as configs
+from vpt_jax.training.sweep import search_space
 
 
 @pytest.fixture
@@ -42,22 +45,33 @@ def test_sets_are_found(sets):
 
 def test_the_table():
     def rows(*accuracies):
-        return [{'task': f'set{i}', 'classes': 3, 'test_accuracies': a} for i, a in enumerate(accuracies)]
+        return [{'task': f'set{i}', 'classes': 3, 'test_accuracies': a, 'trained_parameters': 1234}
+                for i, a in enumerate(accuracies)]  # fmt: skip
 
     text = comparison({'linear': rows([0.5, 0.7], [0.9]), 'vapt': rows([0.8, 0.8], [1.0])})
-    assert '| set0 | 3 | 60.00 ± 10.00 | 80.00 ± 0.00 |' in text and '| **mean** | | 75.00 | 90.00 |' in text
+    assert '| method | trained | set0 (3) | set1 (3) | mean |' in text
+    assert '| linear | 1,234 | 60.00 ± 10.00 | 90.00 ± 0.00 | 75.00 |' in text
+    assert '| vapt | 1,234 | 80.00 ± 0.00 | 100.00 ± 0.00 | 90.00 |' in text
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_has_a_config_of_the_protocol(method):
+    config = config_of(method, 'tiny_vit64', 4)
+    configs.whole_method(config).check(load_backbone('tiny_vit64').model)
+    assert method == PUBLISHED_LINEAR or (config.train.epochs, config.optim.name) == (4, 'adamw')
+    assert len(search_space(config)) == (40 if method == PUBLISHED_LINEAR else 3)
 
 
 def test_one_call_runs_everything_and_a_second_one_nothing(sets, tmp_path, capsys):
     backbone, _ = write_task(tmp_path)
-    arguments = {'data': str(sets), 'sets': [], 'methods': ['linear'], 'seeds': '2', 'backbone': str(backbone),
+    arguments = {'data': str(sets), 'sets': [], 'methods': [PUBLISHED_LINEAR], 'seeds': '2', 'backbone': str(backbone),
                  'workdir': str(tmp_path / 'run'), 'epochs': None}  # fmt: skip
     main(**arguments)
     results = json.loads((tmp_path / 'run' / 'results.json').read_text())
-    assert [row['task'] for row in results['linear']] == ['patterns', 'photos']
-    assert [row['settings_tried'] for row in results['linear']] == [40, 40]
+    assert [row['task'] for row in results[PUBLISHED_LINEAR]] == ['patterns', 'photos']
+    assert [row['settings_tried'] for row in results[PUBLISHED_LINEAR]] == [40, 40]
     # The same images either way.
-    assert results['linear'][0]['test_accuracies'] == results['linear'][1]['test_accuracies']
+    assert results[PUBLISHED_LINEAR][0]['test_accuracies'] == results[PUBLISHED_LINEAR][1]['test_accuracies']
     assert 'photos final 2/2' in capsys.readouterr().out
     main(**arguments)
     assert 'photos final' not in capsys.readouterr().out

@@ -1,8 +1,8 @@
 """Training without the blocks before the first trained one: what they make of the training images is computed once.
 
-Where images are not augmented, every epoch would compute it anew. It is kept on the device if it takes less than half of
-what is free there, else in the host's memory if it takes less than a quarter of that, else in a file that goes when
-the run ends. The numbers are those of training on the images, up to the rounding of differently cut programs.
+Where images are not augmented, every epoch would compute it anew. It is kept on the device if it takes less than half
+of what is free there, else in the host's memory if it takes less than a quarter of that, else in a file that goes
+when the run ends. The numbers are those of training on the images, up to the rounding of differently cut programs.
 """
 
 import math

@@ -217,7 +217,8 @@ def train_step(program: Program, mesh: Mesh):
 
     Returns:
       step(params, state, batch) -> (state, metrics). `state` is donated. `batch` has `label` int32 [B], `weight`
-      float32 [B], and `image` uint8 [B, S, S, 3] or, made of it by `entering_step`, `entering` [B, ...]; metrics are the scalars `loss`, `accuracy` and `learning_rate`.
+      float32 [B], and `image` uint8 [B, S, S, 3] or, made of it by `entering_step`, `entering` [B, ...]; metrics are
+      the scalars `loss`, `accuracy` and `learning_rate`.
     """
     return _compile(_train(program), program, mesh, donate=(1,))
 
