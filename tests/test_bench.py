@@ -6,7 +6,7 @@ import pytest
 from vpt_jax.bench import __main__ as bench
 from vpt_jax.bench import flops, measure
 from vpt_jax.errors import UsageError
-from vpt_jax.methods import VPT, Full, Linear, Stack
+from vpt_jax.methods import AP, VPT, Full, Linear, Stack
 from vpt_jax.models.vit import VARIANTS, ViT
 from vpt_jax.models.zoo import load_backbone
 
@@ -17,9 +17,13 @@ FLAGS = {'methods': ['vpt_deep'], 'backbone': 'random:Ti/16@32', 'batch': ['2'],
 def test_formula_of_vit_b16():
     model = ViT(**VARIANTS['B'], patch_size=16)
     deep = Stack(VPT(num_tokens=10, deep=True), Linear())
-    assert flops.train_flops(model, deep, 10) == pytest.approx(74e9, rel=0.01)  # 207 tokens, twice the forward pass
-    assert flops.train_flops(model, Linear()) == pytest.approx(35e9, rel=0.01)
-    assert flops.train_flops(model, Full()) == pytest.approx(3 * flops.forward_flops(model))
+    assert 2 * flops.forward_flops(model, 10) == pytest.approx(74e9, rel=0.01)  # 207 tokens, twice the forward pass
+    # Of the last block only queries, output and MLP of CLS, a token of 207, are needed.
+    assert flops.train_flops(model, deep, 10) == pytest.approx(74e9 * (1 - 10 / 12 / 12), rel=0.01)
+    assert flops.train_flops(model, Linear()) == 0
+    late = Stack(AP(at=(8,)), Linear())
+    assert flops.train_flops(model, late) == pytest.approx(2 / 12 * (3 + 2 / 12) * flops.forward_flops(model), rel=0.03)
+    assert flops.train_flops(model, Full()) == pytest.approx(3 * flops.forward_flops(model, read=1))
 
 
 def test_rows_and_table(tmp_path, capsys, monkeypatch):
@@ -34,7 +38,7 @@ def test_rows_and_table(tmp_path, capsys, monkeypatch):
     # XLA counts elementwise work too; products dominate even here.
     assert 0.8 < row['mfu_xla'] / row['mfu'] < 1.6
     shown = capsys.readouterr().out.splitlines()
-    assert shown[1].split()[:3] == ['method', 'batch', 'precision'] and shown[2].split()[0] == 'vpt_deep'
+    assert shown[1].split()[:4] == ['method', 'cached', 'batch', 'precision'] and shown[2].split()[0] == 'vpt_deep'
 
 
 @pytest.mark.skipif(importlib.util.find_spec('torch') is None, reason='needs PyTorch, an extra')

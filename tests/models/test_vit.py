@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from tests.networks import drawn
 from vpt_jax.errors import UsageError
-from vpt_jax.models.places import Places
+from vpt_jax.models.places import UNCHANGED, Places
 from vpt_jax.models.transformer import ACTIVATIONS, Mlp, attention, stack_blocks, unstack_blocks
 from vpt_jax.models.vit import VARIANTS, ViT
 
@@ -221,3 +222,23 @@ def test_images_smaller_than_a_patch():
     assert model.grid(224) == (14, 14) and model.grid(40, 20) == (2, 1)
     with pytest.raises(UsageError, match='8x8 pixels is smaller than one patch of 16 pixels'):
         model.grid(8)
+
+
+class _Whole(Places):
+    """Changes nothing, but could."""
+
+    def readout(self, prompts, x, pool, ctx):
+        return pool(x)
+
+
+@pytest.mark.parametrize('settings', [{}, {'dist_token': True, 'posemb_prefix': 2}, {'pool': '0'}])
+def test_the_last_block_computes_what_is_read(settings):
+    model = ViT(width=16, depth=2, mlp_dim=32, heads=2, patch_size=4, image_size=16, **settings)
+    params, images = drawn(model), np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+
+    def compiled(method):
+        return jax.jit(lambda p: model.apply({'params': p}, images, method)).lower(params).compile()
+
+    short, whole = compiled(UNCHANGED), compiled(_Whole())
+    np.testing.assert_allclose(short(params), whole(params), atol=1e-5)
+    assert short.cost_analysis()['flops'] < 0.75 * whole.cost_analysis()['flops']

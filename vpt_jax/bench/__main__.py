@@ -1,7 +1,8 @@
 """Times training and evaluation: `python -m vpt_jax.bench --backbone=random:B/16 --methods=vapt,vpt_deep --batch=8,32`.
 
-Figures are medians over `--repeats` steps after a warm-up, on synthetic images that are on the device already. MFU is
-the share of this device's own rate for a large matrix product in the same precision, measured in the same run. With
+Figures are medians over `--repeats` steps after a warm-up, on synthetic images that are on the device already. Methods
+that leave the first blocks alone train on what these made of the images, computed once (column `cached`). MFU is the
+share of this device's own rate for a large matrix product in the same precision, measured in the same run. With
 `--against=torch` a plain PyTorch implementation of the same work takes turns with ours in the same process; a ratio
 above 1 means that vpt_jax is faster.
 """
@@ -30,9 +31,10 @@ FLAGS = [
     flags.DEFINE_integer('warmup', 2, 'Steps before the first measured one.', 1),
     flags.DEFINE_string('json', '', 'Also write the rows here.'),
 ]
-_COLUMNS = {'method': 'method', 'batch': 'batch', 'precision': 'precision', 'train_images_per_second': 'train img/s',
-            'train_spread': 'spread', 'eval_images_per_second': 'eval img/s', 'compile_seconds': 'compile s',
-            'peak_memory_bytes': 'peak MiB', 'train_flops_per_second': 'GFLOP/s', 'mfu': 'MFU', 'mfu_xla': 'MFU (XLA)',
+_COLUMNS = {'method': 'method', 'cached_blocks': 'cached', 'batch': 'batch', 'precision': 'precision',
+            'train_images_per_second': 'train img/s', 'train_spread': 'spread',
+            'eval_images_per_second': 'eval img/s', 'compile_seconds': 'compile s', 'peak_memory_bytes': 'peak MiB',
+            'train_flops_per_second': 'GFLOP/s', 'mfu': 'MFU', 'mfu_xla': 'MFU (XLA)',
             'train_ratio': 'train x torch', 'eval_ratio': 'eval x torch'}  # fmt: skip
 
 
@@ -78,7 +80,7 @@ def _row(backbone, method, batch, precision, peak, against, torch_compile, repea
         theirs = torch_side.Measured(backbone, ours, method, precision, torch_compile)
         contenders['train'].append(theirs.train)
         contenders['eval'].append(theirs.evaluate)
-    row = {'method': method, 'batch': batch, 'precision': precision}
+    row = {'method': method, 'cached_blocks': ours.cached_blocks, 'batch': batch, 'precision': precision}
     for kind, calls in contenders.items():
         seconds = [[] for _ in calls]
         for round_ in range(repeats):

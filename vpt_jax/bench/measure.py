@@ -10,21 +10,31 @@ import numpy as np
 
 from vpt_jax import methods
 from vpt_jax.bench import flops
+from vpt_jax.methods import prefix
+from vpt_jax.models.network import Network
 from vpt_jax.models.zoo import Backbone
 from vpt_jax.training import step as steps
 from vpt_jax.training.loop import default_preprocess
 
 CLASSES = 100
 
-#: What is timed under each name; 10 prompts, the middle of the published grids.
-METHODS: dict[str, Callable[[], methods.Method]] = {
-    'linear': methods.Linear,
-    'vpt_shallow': lambda: methods.VPT(num_tokens=10),
-    'vpt_deep': lambda: methods.VPT(num_tokens=10, deep=True),
-    'vapt': lambda: methods.VAPT(num_tokens=10),
-    'bias': methods.Bias,
-    'adapter': methods.Adapter,
-    'full': methods.Full,
+#: What is timed under each name, made for a network; 10 prompts, the middle of the published grids.
+METHODS: dict[str, Callable[[Network], methods.Method]] = {
+    'linear': lambda model: methods.Linear(),
+    'mlp': lambda model: methods.MLPHead(),
+    'vpt_shallow': lambda model: methods.VPT(num_tokens=10),
+    'vpt_deep': lambda model: methods.VPT(num_tokens=10, deep=True),
+    'vapt': lambda model: methods.VAPT(num_tokens=10),
+    'cvpt': lambda model: methods.CVPT(num_tokens=10),
+    'pgn': lambda model: methods.PGN(num_tokens=10),
+    'vp': lambda model: methods.VP(size=max(model.image_size // 8, 1)),
+    'ap': lambda model: methods.AP(at=(2 * model.depth // 3,)),  # the last third
+    'norm': lambda model: methods.NormTune(),
+    'lora': lambda model: methods.LoRA(),
+    'bias': lambda model: methods.Bias(),
+    'adapter': lambda model: methods.Adapter(),
+    'partial': lambda model: methods.Partial(),
+    'full': lambda model: methods.Full(),
 }
 
 
@@ -66,7 +76,11 @@ def timed(call: Callable[[], object], images: int, warmup: int, repeats: int) ->
 class Measured:
     """The compiled steps of one method, backbone, batch and precision.
 
+    A method that leaves the first blocks alone trains on what they made of the images, as it does in a run
+    (`training.prefixed`); its evaluation is of the whole network.
+
     Attributes:
+      cached_blocks: how many those are.
       compile_seconds: tracing and compiling both steps.
       peak_memory_bytes: arguments, results and temporaries of the train step, as XLA plans them.
       xla_flops: operations of a train step as XLA counts them, None where the platform does not say.
@@ -75,7 +89,7 @@ class Measured:
 
     def __init__(self, backbone: Backbone, method: str, batch: int, precision: str):
         self.backbone, self.batch_size = backbone, batch
-        self.method = methods.with_head(METHODS[method]())
+        self.method = methods.with_head(METHODS[method](backbone.model))
         preprocess = default_preprocess(backbone)
         program = steps.Program(backbone.model, self.method, preprocess, CLASSES, precision=precision)
         self.mesh = steps.data_mesh()
@@ -90,11 +104,16 @@ class Measured:
             'label': rng.integers(0, CLASSES, batch).astype(np.int32),
             'weight': np.ones(batch, np.float32),
         }
-        on_device = steps.shard_batch(self.batch, self.mesh)
+        images = steps.shard_batch(self.batch, self.mesh)
+        self.cached_blocks = prefix.entry(self.method, backbone.model)
+        rows = images
+        if self.cached_blocks:
+            entering = steps.entering_step(program, self.mesh)(self.params, None, images)
+            rows = {'entering': entering, 'label': images['label'], 'weight': images['weight']}
         trained = (self.state.prompts, self.state.state)
         start = time.perf_counter()
-        train = steps.train_step(program, self.mesh).lower(self.params, self.state, on_device).compile()
-        evaluate = steps.eval_step(program, self.mesh).lower(self.params, trained, on_device).compile()
+        train = steps.train_step(program, self.mesh).lower(self.params, self.state, rows).compile()
+        evaluate = steps.eval_step(program, self.mesh).lower(self.params, trained, images).compile()
         self.compile_seconds = time.perf_counter() - start
         memory = train.memory_analysis()
         self.peak_memory_bytes = int(
@@ -104,16 +123,16 @@ class Measured:
         self.xla_flops = (train.cost_analysis() or {}).get('flops')
         prompts = sum(getattr(m, 'num_tokens', 0) for m in getattr(self.method, 'methods', ()))
         self.formula_flops = batch * flops.train_flops(backbone.model, self.method, prompts)
-        self._train, self._evaluate, self._on_device = train, evaluate, on_device
+        self._train, self._evaluate, self._batch, self._images = train, evaluate, rows, images
 
     def train(self) -> None:
         """One train step, waited for."""
-        self.state, metrics = self._train(self.params, self.state, self._on_device)
+        self.state, metrics = self._train(self.params, self.state, self._batch)
         jax.block_until_ready((self.state, metrics))
 
     def evaluate(self) -> jax.Array:
         """One evaluation step, waited for; logits [B, C]."""
-        out = self._evaluate(self.params, (self.state.prompts, self.state.state), self._on_device)
+        out = self._evaluate(self.params, (self.state.prompts, self.state.state), self._images)
         return jax.block_until_ready(out)['logits']
 
 

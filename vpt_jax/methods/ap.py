@@ -107,6 +107,10 @@ class AP(Method):
         changes = {i for i in range(1, depth) if (i in at) != (i - 1 in at)}
         return tuple(sorted(changes | ({depth - 1} if {'end', depth} & set(at) else set())))
 
+    def untouched_end(self, depth: int) -> bool:
+        """Unless the end is prompted."""
+        return not {'end', depth} & set(self.at)
+
     def first_block(self, model: Any) -> int:
         """The first place; a prompt on the end is the last block's."""
         return min(self._places(model)[0], model.depth - 1)

@@ -291,9 +291,9 @@ class Stack(Method):
                 return m.logits(prompts[m.name], features, ctx.scoped(m.name))
         return features
 
-    def untouched_end(self) -> bool:
+    def untouched_end(self, depth: int) -> bool:
         """Whether no member touches it."""
-        return all(m.untouched_end() for m in self.methods)
+        return all(m.untouched_end(depth) for m in self.methods)
 
     def boundaries(self, depth: int) -> tuple[int, ...]:
         """All boundaries of the members."""

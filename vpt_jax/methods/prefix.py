@@ -85,9 +85,9 @@ class Entered(Places):
         """The method's."""
         return self.method.readout(prompts, x, pool, ctx)
 
-    def untouched_end(self) -> bool:
+    def untouched_end(self, depth: int) -> bool:
         """The method's."""
-        return self.method.untouched_end()
+        return self.method.untouched_end(depth)
 
     def boundaries(self, depth: int) -> tuple[int, ...]:
         """The method's, and the cut."""

@@ -155,7 +155,7 @@ class VAPT(Method):
             x = ctx.replace(x, self._static(prompts['deep'][i - 1], x.shape[0], i, ctx))
         return block(x)
 
-    def untouched_end(self) -> bool:
+    def untouched_end(self, depth: int) -> bool:
         """The last block's output is its own."""
         return True
 

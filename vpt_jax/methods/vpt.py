@@ -189,7 +189,7 @@ class VPT(Method):
         """0, unless only the last blocks are prompted."""
         return model.depth - self.last_layers_overwriting_patches if self.last_layers_overwriting_patches else 0
 
-    def untouched_end(self) -> bool:
+    def untouched_end(self, depth: int) -> bool:
         """Unless a pooling variant is chosen."""
         return not self.changes('readout')
 

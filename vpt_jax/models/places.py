@@ -169,8 +169,8 @@ class Places:
         """Place 5b: class scores [B, C] from features [B, D]."""
         return features
 
-    def untouched_end(self) -> bool:
-        """Whether `layer` hands on what the last block gave, and `readout` is the network's own.
+    def untouched_end(self, depth: int) -> bool:
+        """Whether `layer` hands on what the last of `depth` blocks gave, and `readout` is the network's own.
 
         A network that reads only its first tokens then computes no others in its last block.
         """

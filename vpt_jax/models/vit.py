@@ -288,7 +288,7 @@ class ViT(Network, nn.Module):
 
     def read_tokens(self, method: Places) -> int | None:
         """How many of the encoder's first tokens are read at the end; None where all may be."""
-        if self.pool not in ('tok', '0') or not method.untouched_end():
+        if self.pool not in ('tok', '0') or not method.untouched_end(self.depth):
             return None
         return 2 if self.pool == 'tok' and self.dist_token else 1
 
