@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree
 from vpt_jax.methods.vpt import check_dropout, check_num_tokens, uniform_prompts
+from vpt_jax.models import patch_grid
 from vpt_jax.models.places import Context
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -109,9 +110,7 @@ class VAPT(Method):
 
     def _map(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns after the convolution."""
-        if not self.conv:
-            return grid
-        return tuple(side + 2 * self.padding - self.kernel + 1 for side in grid)
+        return patch_grid.map_of(grid, self.kernel, self.padding) if self.conv else grid
 
     def init(self, key: jax.Array, model: Any, params: PyTree, num_classes: int) -> PyTree:
         """Draws the prompts and their generator."""
@@ -180,10 +179,12 @@ class VAPT(Method):
         x = x * prompts['norm']['scale'][j] + prompts['norm']['bias'][j]
         mix, bias = prompts['mix']['kernel'][j].T, prompts['mix']['bias'][j]
         if self.depthwise:
-            q = jnp.einsum('pk,bkd->bpd', mix, self._depthwise(x, prompts['conv']['kernel'][j], grid))
+            q = jnp.einsum(
+                'pk,bkd->bpd', mix, patch_grid.depthwise(x, prompts['conv']['kernel'][j], grid, self.padding)
+            )
         else:
             if self.conv:
-                mix = self._multiplied_out(mix, prompts['conv']['kernel'][j], grid)
+                mix = patch_grid.multiplied_out(mix, prompts['conv']['kernel'][j], grid, self.padding)
             q = jnp.einsum('pn,bnd->bpd', mix, x)
         if self.conv:
             # Dropping a channel's whole map before the mix is dropping that channel after it, but for the bias.
@@ -196,24 +197,3 @@ class VAPT(Method):
             down, up, scale = down[j], up[j], None if scale is None else scale[j]
         h = ctx.dropout(ACTIVATIONS[self.activation](q @ down), self.projector_dropout, 'hidden', j)
         return (h @ up) * (1.0 if scale is None else scale) + q
-
-    def _multiplied_out(self, mix: jax.Array, kernel: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Mix [P, H H'] after a convolution with `kernel` [K, K], as one mix [P, N] of the patches themselves."""
-        rows, columns = self._map(grid)
-        pad = self.padding
-        mix = mix.reshape(-1, rows, columns)
-        # The transposed convolution: each map position hands its weight on to the K x K patches that it reads.
-        out = jnp.zeros((mix.shape[0], grid[0] + 2 * pad, grid[1] + 2 * pad), mix.dtype)
-        for a in range(self.kernel):
-            for b in range(self.kernel):
-                out = out.at[:, a : a + rows, b : b + columns].add(kernel[a, b] * mix)
-        return out[:, pad : pad + grid[0], pad : pad + grid[1]].reshape(-1, grid[0] * grid[1])
-
-    def _depthwise(self, x: jax.Array, kernel: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Cross-correlation of [B, N, D] with one kernel per channel [K, K, D]; returns [B, H H', D]."""
-        pad, (rows, columns) = self.padding, self._map(grid)
-        x = jnp.pad(x.reshape(x.shape[0], *grid, -1), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        y = sum(
-            kernel[a, b] * x[:, a : a + rows, b : b + columns] for a in range(self.kernel) for b in range(self.kernel)
-        )
-        return y.reshape(y.shape[0], rows * columns, -1)
