@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from vpt_jax.errors import UsageError
+from vpt_jax.errors import MissingPlace, UsageError
 from vpt_jax.models.places import Context, Places
 
 PyTree = Any
@@ -132,13 +132,14 @@ class Method(Places):
         """Refuses a backbone that lacks a place this method needs.
 
         Raises:
-          UsageError: with the method, the place and the backbone's type named.
+          MissingPlace: with the method, the place and the backbone's type named.
         """
         for place in PLACES:
             if self.changes(place) and place not in model.places:
-                raise UsageError(
+                raise MissingPlace(
+                    place,
                     f'method {self.name!r} changes the {place!r} of a network, which {type(model).__name__} does not '
-                    f'offer (it offers: {", ".join(sorted(model.places))}); choose another method or backbone'
+                    f'offer (it offers: {", ".join(sorted(model.places))}); choose another method or backbone',
                 )
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vpt_jax.errors import UsageError, unknown
+from vpt_jax.errors import MissingPlace, UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree, overlay
 from vpt_jax.models import batch_statistics
 from vpt_jax.models.pixels import IMAGENET
@@ -49,8 +49,11 @@ class VPTBelow(Method):
         """Refuses a backbone whose first convolution is not to be widened."""
         super().check(model)
         if not model.first_layers:
-            raise UsageError(f'method vpt_below widens the first convolution, which {type(model).__name__} does not '
-                             'offer; choose another method or backbone')  # fmt: skip
+            raise MissingPlace(
+                'first convolution',
+                f'method vpt_below widens the first convolution, which {type(model).__name__} does not offer; choose '
+                'another method or backbone',
+            )
 
     def init(self, key: jax.Array, model: Any, params: PyTree, num_classes: int) -> PyTree:
         """Draws the channels and the new slices of the kernel."""

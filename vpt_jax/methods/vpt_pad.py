@@ -47,6 +47,7 @@ class VPTPad(Method):
                 f'method vpt_pad: {model.image_size} + 2 x {self.num_pixels} = {size} pixels is not a multiple of the '
                 f'patch size {model.patch_size}; choose another num_pixels'
             )
+        model.clone(image_size=size).activation_shape(0)  # a Swin refuses maps that are not whole windows
 
     def init(self, key: jax.Array, model: Any, params: PyTree, num_classes: int) -> PyTree:
         """Draws the frame."""
