@@ -126,7 +126,7 @@ def descend(method: Method, model: Any, params: Any, images: np.ndarray, *, prom
         def update(carried, _):
             prompts, state = carried
             (value, state), grads = jax.value_and_grad(loss, has_aux=True)(prompts, state)
-            rate = step / optax.global_norm(grads)
+            rate = step / optax.tree.norm(grads)
             return (jax.tree.map(lambda p, g: p - rate * g, prompts, grads), state), value
 
         state = method.init_state(model, CLASSES, key)

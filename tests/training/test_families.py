@@ -1,17 +1,15 @@
 """From a file in a family's own naming and container to a train step that lowers the loss."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import safetensors.numpy
 
+from experiments.method_matrix import descend
 from tests.networks import QUICK
 from tests.parity.case import Case
 from tests.parity.test_parity import CASES
 from vpt_jax.errors import UsageError
-from vpt_jax.methods import VAPT, VPT, Linear, Stack, VPTPad, forward
+from vpt_jax.methods import VAPT, VPT, Linear, Stack, VPTPad
 from vpt_jax.models.zoo import load_backbone
 
 pytestmark = pytest.mark.slow
@@ -54,33 +52,19 @@ def load(tmp_path):
     return loaded
 
 
-def descend(backbone, method, steps=3):
+def losses_of(backbone, method):
     """Losses of plain gradient descent on one batch."""
     method.check(backbone.model)
     size = backbone.model.image_size
     images = np.random.default_rng(0).normal(size=(3, size, size, 3)).astype(np.float32)
-    labels, params = jnp.arange(3), backbone.params
-    prompts = method.init(jax.random.key(0), backbone.model, backbone.model.canonical(params), 3)
-    state = method.init_state(backbone.model, 3, jax.random.key(1))
-
-    def loss(prompts):
-        logits, _ = forward(backbone.model, method, params, prompts, images, state=state)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    step, losses = jax.jit(jax.value_and_grad(loss), **QUICK), []
-    for _ in range(steps):
-        value, grads = step(prompts)
-        losses.append(float(value))
-        rate = 0.01 / optax.global_norm(grads)  # losses of untrained features may be steep
-        prompts = jax.tree.map(lambda p, g, rate=rate: p - rate * g, prompts, grads)
-    return losses
+    return descend(method, backbone.model, backbone.params, images, options=QUICK)[0]
 
 
 @pytest.mark.parametrize('name', TOKENS)
 def test_prompts_train_on_networks_of_tokens(load, name):
     backbone = load(name, TOKENS[name])
     for method in (Linear(), Stack(VPT(num_tokens=2, deep=True), Linear()), Stack(VAPT(num_tokens=2), Linear())):
-        losses = descend(backbone, method)
+        losses = losses_of(backbone, method)
         assert np.isfinite(losses).all() and losses[-1] < losses[0], (method, losses)
 
 
@@ -89,7 +73,7 @@ def test_frames_train_on_networks_of_maps(load, name):
     backbone = load(name, MAPS[name])
     frame = VPTPad(num_pixels=backbone.model.image_size // 2)  # a Swin wants whole windows
     for method in (Linear(), Stack(frame, Linear())):
-        losses = descend(backbone, method)
+        losses = losses_of(backbone, method)
         assert np.isfinite(losses).all() and losses[-1] < losses[0], (method, losses)
     for method in (VPT(), VAPT()):
         with pytest.raises(
