@@ -158,7 +158,7 @@ def ap_places() -> str:
     def row(name: str, cost: TrainCost) -> str:
         return f'| {name} | {cost.flops / 1e9:.1f} | {cost.memory / 2**20:.0f} |'
 
-    lines = ['| trained | GFLOP an image | MiB an image |', '| --- | --- | --- |']
+    lines = ['| method | GFLOP an image | MiB of temporaries an image |', '| --- | --- | --- |']
     lines += [row(f'`ap` at block {i}', train_cost(VIT, with_head(AP(at=(i,))), CLASSES)) for i in (0, 4, 8, 11)]
     lines += [
         row('`linear`', train_cost(VIT, Linear(), CLASSES)),

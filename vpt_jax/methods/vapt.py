@@ -179,13 +179,10 @@ class VAPT(Method):
         x = x * prompts['norm']['scale'][j] + prompts['norm']['bias'][j]
         mix, bias = prompts['mix']['kernel'][j].T, prompts['mix']['bias'][j]
         if self.depthwise:
-            q = jnp.einsum(
-                'pk,bkd->bpd', mix, patch_grid.depthwise(x, prompts['conv']['kernel'][j], grid, self.padding)
-            )
-        else:
-            if self.conv:
-                mix = patch_grid.multiplied_out(mix, prompts['conv']['kernel'][j], grid, self.padding)
-            q = jnp.einsum('pn,bnd->bpd', mix, x)
+            x = patch_grid.depthwise(x, prompts['conv']['kernel'][j], grid, self.padding)
+        elif self.conv:
+            mix = patch_grid.multiplied_out(mix, prompts['conv']['kernel'][j], grid, self.padding)
+        q = jnp.einsum('pn,bnd->bpd', mix, x)
         if self.conv:
             # Dropping a channel's whole map before the mix is dropping that channel after it, but for the bias.
             q = ctx.dropout(q, self.map_dropout, 'map', j, shared=(1,))
