@@ -9,7 +9,7 @@ from vpt_jax.training import config as c
 def get_config(arg=None):
     config = c.default(
         arg, optimizer='adamw_vpt', base_lr=0.005, weight_decay=0.01, warmup_epochs=5, batch_size=384,
-        digits={'batch_size': 16},
+        digits={'batch_size': 16, 'base_lr': 0.5},
     )  # fmt: skip
     config.method = c.method('norm')
     return config

@@ -43,6 +43,11 @@ def test_files_are_short():
     assert not [str(p) for p in FILES if len(p.read_text().splitlines()) > 400]
 
 
+def test_a_method_can_be_read_in_one_sitting():
+    methods = {p for p in (ROOT / 'vpt_jax' / 'methods').glob('*.py') if p.name != 'base.py'}  # that is the mechanism
+    assert not [p.name for p in methods if len(p.read_text().splitlines()) >= 200]
+
+
 @pytest.mark.parametrize('room', ARROWS)
 def test_arrows_between_rooms_point_one_way(room):
     for path in (ROOT / 'vpt_jax' / room).rglob('*.py'):

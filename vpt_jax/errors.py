@@ -12,6 +12,18 @@ class UsageError(ValueError):
     """Input that the user can mend. The message is complete: what was given, what was expected, what to do."""
 
 
+class MissingPlace(UsageError):
+    """A network lacks what a method needs.
+
+    Attributes:
+      place: what is missing, in the words of the message: 'tokens', 'CLS token', ...
+    """
+
+    def __init__(self, place: str, message: str):
+        super().__init__(message)
+        self.place = place
+
+
 def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is not in a list of names, with the nearest ones.
 

@@ -1,61 +1,85 @@
-"""The methods of this round on a ViT, a ResNet, a Swin and a ConvNeXt: steps lower the loss and move every prompt."""
+"""Every method on every family of networks: it lowers the loss, or is refused for want of a place that it names."""
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
+from experiments.method_matrix import NETWORKS, SIDE, case, descend, missing
 from tests.methods.conftest import Tiny
 from tests.networks import QUICK, drawn
-from vpt_jax.methods import AP, VP, LabelMapping, Linear, LoRA, NormTune, Stack, forward
-from vpt_jax.models.convnext import ConvNeXt
-from vpt_jax.models.resnet import ResNet
-from vpt_jax.models.swin import Swin
-from vpt_jax.models.vit import ViT
+from vpt_jax.errors import UsageError
+from vpt_jax.methods import AP, METHODS, VP, LabelMapping, Linear, LoRA, NormTune, Stack, VPTPad
 
-NETWORKS = {
-    'vit': ViT(width=16, depth=3, mlp_dim=32, heads=2, patch_size=4, image_size=16),
-    'resnet': ResNet(depths=(1, 1), inner=(4, 8), outer=(8, 16), bottleneck=False, stem_width=8, image_size=16),
-    'swin': Swin(embed_dim=8, depths=(1, 1), heads=(2, 2), windows=(2, 2), image_size=16),
-    'convnext': ConvNeXt(depths=(1, 1), dims=(8, 16), image_size=16),
-}
-PIXELS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
-
+TOKENS = [name for name, model in NETWORKS.items() if 'tokens' in model.places]
+MAPS = [name for name in NETWORKS if name not in TOKENS]
+IMAGES = np.random.default_rng(0).normal(size=(3, SIDE, SIDE, 3)).astype(np.float32)
 MEMBERS = (VP(kind='random_patch', size=4), AP(at=(0, 'end'), shape='channel'), LoRA(rank=2, targets='all'), Linear())
 
 
-def descend(model, method, images, rate=0.02, count=4):
-    """Losses on one batch, prompts before and after."""
-    method.check(model)
-    params, labels = drawn(model), jnp.arange(4) % 3
-    shapes = jax.eval_shape(lambda p: method.init(jax.random.key(0), model, p, 3), params)
-    prompts = Tiny.drawn(shapes)  # drawing them by jax would take as long as the rest
-    state = method.init_state(model, 3, jax.random.key(1))
-
-    def loss(prompts, state):
-        logits, state = forward(model, method, params, prompts, images, state=state, train=True, key=jax.random.key(2),
-                                pixels=PIXELS)  # fmt: skip
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), state
-
-    step, first, losses = jax.jit(jax.value_and_grad(loss, has_aux=True), **QUICK), prompts, []
-    for _ in range(count):
-        (value, state), grads = step(prompts, state)
-        losses.append(float(value))
-        prompts = jax.tree.map(lambda p, g: p - rate * g, prompts, grads)
-    return losses, first, prompts
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('heads')
 
 
-@pytest.mark.parametrize('name', NETWORKS)
-def test_the_loss_falls_and_every_prompt_moves(name):
+def cells(name, folder):
+    """Of the networks that a method takes, in tokens and in maps: by turns one of each, and all others."""
+    picked, others = [], []
+    for group in (TOKENS, MAPS):
+        taken = [found for found in (case(name, network, folder) for network in group) if not missing(*found)]
+        turn = list(METHODS).index(name) % max(len(taken), 1)
+        picked += taken[turn : turn + 1]
+        others += taken[:turn] + taken[turn + 1 :]
+    return picked, others
+
+
+def assert_the_loss_falls(method, model):
+    losses, _, _ = descend(method, model, drawn(model), IMAGES, options=QUICK)
+    assert np.isfinite(losses).all() and losses[-1] < losses[0], (method, model, losses)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_the_loss_falls(name, folder):
+    picked, _ = cells(name, folder)
+    assert picked
+    for method, model in picked:
+        assert_the_loss_falls(method, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', METHODS)
+def test_the_loss_falls_on_all_other_networks(name, folder):
+    for method, model in cells(name, folder)[1]:
+        assert_the_loss_falls(method, model)
+
+
+def test_what_is_refused_says_for_want_of_what(folder):
+    refused = set()
+    for name in METHODS:
+        for network in NETWORKS:
+            method, model = case(name, network, folder)
+            if place := missing(method, model):
+                refused.add(name)
+                sentence = rf'method .?{name}.? .*{place}.*{type(model).__name__}|{place}.*this backbone'
+                with pytest.raises(UsageError, match=sentence):
+                    method.check(model)
+    assert len(refused) > 10
+    assert not refused & {'linear', 'mlp', 'full', 'bias', 'norm', 'lora', 'ap', 'vp', 'vpt_pad', 'label_mapping'}
+
+
+def test_a_frame_must_fit_the_network():
+    with pytest.raises(UsageError, match='images of 24x24 pixels make a map of 3x3 in stage 1'):
+        VPTPad(num_pixels=4).check(NETWORKS['Swin'])
+
+
+@pytest.mark.parametrize('name', ['ResNet', 'Swin'])
+def test_every_prompt_of_a_stack_moves(name):
     model = NETWORKS[name]
-    images = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
-    statistics = 'batch' if name == 'resnet' else 'stored'
-    method = Stack(NormTune(statistics=statistics), *MEMBERS)
-    losses, before, after = descend(model, method, images)
-    assert np.isfinite(losses).all() and losses[-1] < losses[0] - 1e-3, losses
+    method = Stack(NormTune(statistics='batch' if name == 'ResNet' else 'stored'), *MEMBERS)
+    # Drawn like this nothing is zero, and a gradient that is lost shows.
+    start = Tiny.drawn(jax.eval_shape(lambda p: method.init(jax.random.key(0), model, p, 3), drawn(model)))
+    losses, before, after = descend(method, model, drawn(model), IMAGES, prompts=start, options=QUICK)
+    assert np.isfinite(losses).all() and (np.diff(losses) < 0).all(), losses
     still = {jax.tree_util.keystr(path) for path, same in jax.tree_util.tree_leaves_with_path(
         jax.tree.map(lambda a, b: bool((a == b).all()), before, after)) if same}  # fmt: skip
     assert not still
@@ -70,11 +94,11 @@ def test_scanned_blocks_tell_the_same(tiny):
     chex.assert_trees_all_close(grads, scanned_grads, atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize('name', ['vit', 'resnet'])
+@pytest.mark.parametrize('name', ['ViT', 'ResNet'])
 def test_a_frame_learns_for_a_frozen_classifier(name):
     model = NETWORKS[name].clone(classes=5)
     images = np.random.default_rng(0).normal(size=(4, 11, 11, 3)).astype(np.float32)
     method = Stack(VP(kind='expansive', inner=11), LabelMapping(mapping='random'))
-    losses, before, after = descend(model, method, images, rate=20.0)
+    losses, before, after = descend(method, model, drawn(model), images, promised=0.05, options=QUICK)
     assert np.isfinite(losses).all() and losses[-1] < losses[0] - 1e-3, losses
     assert jax.tree.leaves(before)[0].shape == (16, 16, 3) and len(jax.tree.leaves(after)) == 1

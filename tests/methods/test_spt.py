@@ -9,7 +9,8 @@ from sklearn.cluster import KMeans
 from tests.methods.conftest import OPTIONS
 from vpt_jax.errors import UsageError
 from vpt_jax.methods import SPT, VPT, Linear, Stack
-from vpt_jax.methods.spt import lloyd, pool_windows, tokens_of
+from vpt_jax.methods.kmeans import lloyd
+from vpt_jax.methods.spt import pool_windows, tokens_of
 
 
 class Images:

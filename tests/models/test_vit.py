@@ -44,7 +44,7 @@ def _params(model, images=IMAGES, seed=0):
         ({'pre_logits': 6, 'projection': 4}, (2, 4), {'pre_logits/kernel', 'proj/kernel'}),
         ({'activation': 'swiglu'}, (2, 8), {'Transformer/encoderblock_0/MlpBlock_0/gate/kernel'}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_settings_build_and_run(settings, shape, has):
     model = ViT(**SMALL | settings)

@@ -1,17 +1,15 @@
 """From a file in a family's own naming and container to a train step that lowers the loss."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import safetensors.numpy
 
+from experiments.method_matrix import descend
 from tests.networks import QUICK
 from tests.parity.case import Case
 from tests.parity.test_parity import CASES
 from vpt_jax.errors import UsageError
-from vpt_jax.methods import VAPT, VPT, Linear, Stack, VPTPad, forward
+from vpt_jax.methods import VAPT, VPT, Linear, Stack, VPTPad
 from vpt_jax.models.zoo import load_backbone
 
 PROMISED = 0.005  # of the loss, by the gradient of each step
@@ -54,35 +52,19 @@ def load(tmp_path):
     return loaded
 
 
-def descend(backbone, method, count=3):
-    """Losses [count + 1] on one batch before and after steps; the gradient promises each a part of its loss."""
+def losses_of(backbone, method):
+    """Losses of plain gradient descent on one batch."""
     method.check(backbone.model)
-    model, labels, size = backbone.model, jnp.arange(3), backbone.model.image_size
+    size = backbone.model.image_size
     images = np.random.default_rng(0).normal(size=(3, size, size, 3)).astype(np.float32)
-    prompts = method.init(jax.random.key(0), model, model.canonical(backbone.params), 3)
-    state = method.init_state(model, 3, jax.random.key(1))
-
-    def loss(prompts, params, images):
-        logits, _ = forward(model, method, params, prompts, images, state=state)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    def step(prompts, params, images):
-        value, grads = jax.value_and_grad(loss)(prompts, params, images)
-        rate = PROMISED * value / optax.tree.norm(grads, squared=True)  # as small as VAPT needs it, which is steep
-        return value, jax.tree.map(lambda p, g: p - rate * g, prompts, grads)
-
-    step, losses = jax.jit(step, **QUICK), []
-    for _ in range(count + 1):
-        value, prompts = step(prompts, backbone.params, images)
-        losses.append(float(value))
-    return np.asarray(losses)
+    return descend(method, backbone.model, backbone.params, images, promised=PROMISED, options=QUICK)[0]
 
 
 @pytest.mark.parametrize('name', TOKENS)
 def test_prompts_train_on_networks_of_tokens(load, name):
     backbone = load(name, TOKENS[name])
     for method in (Linear(), Stack(VPT(num_tokens=2, deep=True), Linear()), Stack(VAPT(num_tokens=2), Linear())):
-        losses = descend(backbone, method)
+        losses = losses_of(backbone, method)
         np.testing.assert_allclose(-np.diff(losses), PROMISED * losses[:-1], rtol=0.5, err_msg=str(method))
 
 
@@ -91,7 +73,7 @@ def test_frames_train_on_networks_of_maps(load, name):
     backbone = load(name, MAPS[name])
     frame = VPTPad(num_pixels=backbone.model.image_size // 2)  # a Swin wants whole windows
     for method in (Linear(), Stack(frame, Linear())):
-        losses = descend(backbone, method)
+        losses = losses_of(backbone, method)
         np.testing.assert_allclose(-np.diff(losses), PROMISED * losses[:-1], rtol=0.5, err_msg=str(method))
     for method in (VPT(), VAPT()):
         with pytest.raises(

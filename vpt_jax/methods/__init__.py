@@ -22,7 +22,10 @@ from vpt_jax.methods.spt import SPT
 from vpt_jax.methods.vapt import VAPT
 from vpt_jax.methods.vp import VP
 from vpt_jax.methods.vpt import VPT
-from vpt_jax.methods.vpt_locations import VPTAdd, VPTBelow, VPTPad, VPTPixels
+from vpt_jax.methods.vpt_add import VPTAdd
+from vpt_jax.methods.vpt_below import VPTBelow
+from vpt_jax.methods.vpt_pad import VPTPad
+from vpt_jax.methods.vpt_pixels import VPTPixels
 from vpt_jax.methods.vptm import VPTM
 
 METHODS: dict[str, type[Method]] = {

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.errors import UsageError, unknown
+from vpt_jax.errors import MissingPlace, UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree
 from vpt_jax.models.places import Context
 
@@ -46,9 +46,10 @@ class Adapter(Method):
         """Refuses a reduction that leaves no hidden unit, and backbones whose blocks differ in width."""
         super().check(model)
         if 'tokens' not in model.places:
-            raise UsageError(
+            raise MissingPlace(
+                'blocks of one width',
                 f'method adapter needs transformer blocks of one width, which {type(model).__name__} does not have; '
-                'choose another method or backbone'
+                'choose another method or backbone',
             )
         if self.reduction > model.width:
             raise UsageError(

@@ -108,7 +108,7 @@ class AP(Method):
         return tuple(sorted(changes | ({depth - 1} if {'end', depth} & set(at) else set())))
 
     def untouched_end(self, depth: int) -> bool:
-        """Unless the end is prompted."""
+        """Unless it is prompted."""
         return not {'end', depth} & set(self.at)
 
     def first_block(self, model: Any) -> int:

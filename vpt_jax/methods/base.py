@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.errors import UsageError
+from vpt_jax.errors import MissingPlace, UsageError
 from vpt_jax.methods import prefix
 from vpt_jax.models.places import Context, Places
 
@@ -28,11 +28,13 @@ class Method(Places):
 
     Attributes:
       name: what configs and prompt files call it; also its key in a stack's prompt pytree.
+      feeds_blocks: True if `layer` changes what enters a block and nothing else.
       rewrites_block: True if `layer` uses the block's parts instead of calling the block.
       backbone_dropout: dropout rate inside the backbone while training (only full fine-tuning has one).
     """
 
     name: ClassVar[str] = ''
+    feeds_blocks: ClassVar[bool] = False
     rewrites_block: ClassVar[bool] = False
 
     @property
@@ -126,6 +128,10 @@ class Method(Places):
         """
         return 0 if any(self.changes(place) for place in ('weights', 'pixels', 'tokens', 'layer')) else model.depth
 
+    def untouched_end(self, depth: int) -> bool:
+        """Whether what leaves the last of `depth` blocks goes to the network's own readout as it is."""
+        return (self.feeds_blocks or not self.changes('layer')) and not self.changes('readout')
+
     def changes(self, place: str) -> bool:
         """Whether this method does something at `place` ('weights', 'pixels', 'tokens', 'layer', ...)."""
         return getattr(type(self), place) is not getattr(Places, place)
@@ -134,13 +140,14 @@ class Method(Places):
         """Refuses a backbone that lacks a place this method needs.
 
         Raises:
-          UsageError: with the method, the place and the backbone's type named.
+          MissingPlace: with the method, the place and the backbone's type named.
         """
         for place in PLACES:
             if self.changes(place) and place not in model.places:
-                raise UsageError(
+                raise MissingPlace(
+                    place,
                     f'method {self.name!r} changes the {place!r} of a network, which {type(model).__name__} does not '
-                    f'offer (it offers: {", ".join(sorted(model.places))}); choose another method or backbone'
+                    f'offer (it offers: {", ".join(sorted(model.places))}); choose another method or backbone',
                 )
 
 

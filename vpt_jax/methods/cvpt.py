@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.errors import UsageError, unknown
+from vpt_jax.errors import MissingPlace, UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree
 from vpt_jax.methods.vpt import check_dropout, check_num_tokens
 from vpt_jax.models.places import Context, Places
@@ -95,9 +95,10 @@ class CVPT(Method):
         """Refuses a backbone whose blocks have no attention, or fewer blocks than `layers` names."""
         super().check(model)
         if 'attention' not in model.places:
-            raise UsageError(
+            raise MissingPlace(
+                'attention',
                 f"method 'cvpt' needs the 'attention' of every block, which {type(model).__name__} does not offer; "
-                'choose another method or backbone'
+                'choose another method or backbone',
             )
         if self.layers and self.layers[-1] >= model.depth:
             raise UsageError(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vpt_jax.errors import UsageError
+from vpt_jax.errors import MissingPlace, UsageError
 from vpt_jax.methods.base import Method, PyTree, overlay
 
 
@@ -76,9 +76,10 @@ class Partial(TrainedWeights):
         """Refuses more blocks than the backbone has, and backbones whose blocks it does not know by name."""
         super().check(model)
         if 'tokens' not in model.places:
-            raise UsageError(
-                f'method partial trains the last blocks of transformers over tokens, which {type(model).__name__} is '
-                'not; choose another method or backbone'
+            raise MissingPlace(
+                'blocks of one width',
+                f'method partial trains the last transformer blocks of one width, which {type(model).__name__} does '
+                'not have; choose another method or backbone',
             )
         if self.blocks > model.depth:
             raise UsageError(f'method partial: blocks={self.blocks}, but the backbone has {model.depth} blocks')
@@ -119,7 +120,7 @@ class ClsToken(TrainedWeights):
         """Refuses a backbone without a CLS token."""
         super().check(model)
         if not getattr(model, 'cls_token', False):
-            raise UsageError('method cls trains the CLS token, but this backbone has none')
+            raise MissingPlace('CLS token', 'method cls trains the CLS token, but this backbone has none')
 
     def selects(self, path: tuple[str, ...], model: Any) -> bool:
         """The leaf `cls`."""

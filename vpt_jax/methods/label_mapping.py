@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpt_jax.errors import UsageError, unknown
+from vpt_jax.errors import MissingPlace, UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree
 from vpt_jax.models.places import Context
 
@@ -164,9 +164,10 @@ class LabelMapping(Mapped):
         """Refuses a network whose classifier is missing or, if another is given, in the way."""
         super().check(model)
         if self.needs_classifier and not model.classes:
-            raise UsageError(
+            raise MissingPlace(
+                'classifier',
                 f'method label_mapping picks classes of a frozen classifier, and this {type(model).__name__} has none: '
-                'load a backbone with own_classifier=True, or give classifier=FILE.npz'
+                'load a backbone with own_classifier=True, or give classifier=FILE.npz',
             )
         if not self.needs_classifier and model.classes:
             raise UsageError('method label_mapping: classifier is for features, but this network gives the scores of '

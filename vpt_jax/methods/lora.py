@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vpt_jax.errors import UsageError, unknown
+from vpt_jax.errors import MissingPlace, UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree, overlay
 from vpt_jax.models import loading
 
@@ -53,9 +53,10 @@ class LoRA(Method):
         """Refuses a backbone without such layers."""
         super().check(model)
         if not self.kernels(model):
-            raise UsageError(
+            raise MissingPlace(
+                'attention',
                 f"method lora: targets='{self.targets}' are layers of attention, which {type(model).__name__} does not "
-                "have; use targets='all' or another method"
+                "have; use targets='all' or another method",
             )
 
     def kernels(self, model: Any) -> dict[tuple[str, ...], tuple[int, int]]:

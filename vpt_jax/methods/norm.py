@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from vpt_jax.errors import UsageError, unknown
+from vpt_jax.errors import MissingPlace, unknown
 from vpt_jax.methods.base import PyTree
 from vpt_jax.methods.finetune import TrainedWeights
 from vpt_jax.models import batch_statistics, loading
@@ -45,8 +45,10 @@ class NormTune(TrainedWeights):
         """Refuses batch statistics where no norm has any."""
         super().check(model)
         if self.statistics == 'batch' and not batch_statistics.names(model):
-            raise UsageError(f"method norm: statistics='batch' is for BatchNorms, and this {type(model).__name__} has "
-                             'none')  # fmt: skip
+            raise MissingPlace(
+                'BatchNorms',
+                f"method norm: statistics='batch' is for BatchNorms, and this {type(model).__name__} has none",
+            )
 
     def selects(self, path: tuple[str, ...], model: Any) -> bool:
         """`scale`, and the `bias` beside one: other layers have no scale."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods.base import PyTree
+from vpt_jax.methods.kmeans import lloyd
 from vpt_jax.methods.vpt import VPT
 from vpt_jax.models.places import Context, Places
 
@@ -63,33 +64,6 @@ def pool_windows(tokens: jax.Array, count: int, reduce: Callable) -> jax.Array:
     windows = windows.reshape(*tokens.shape[:-2], count - 1, width, tokens.shape[-1])
     last = tokens[..., total - rest :, :] if rest else tokens
     return jnp.concatenate([reduce(windows, axis=-2), reduce(last, axis=-2)[..., None, :]], axis=-2)
-
-
-def lloyd(points: np.ndarray, centers: np.ndarray, max_steps: int = 300) -> tuple[np.ndarray, np.ndarray, int]:
-    """Lloyd's k-means in float64 from given centers, until no point changes its center.
-
-    A center that loses all its points moves to the point that is farthest from its own center, as in scikit-learn.
-
-    Args:
-      points: [M, D]; centers: [P, D]; max_steps: updates of the centers at most.
-
-    Returns:
-      (centers float64 [P, D], the center of every point [M], number of steps, the last of which changes nothing).
-    """
-    points, centers = np.asarray(points, np.float64), np.array(centers, np.float64)
-    squares, labels = np.square(points).sum(1), None
-    for step in range(1, max_steps + 1):
-        distances = squares[:, None] - 2 * points @ centers.T + np.square(centers).sum(1)
-        before, labels = labels, distances.argmin(1)
-        if before is not None and (before == labels).all():
-            return centers, labels, step
-        counts = np.bincount(labels, minlength=len(centers))
-        filled = counts > 0
-        centers[filled] = (np.eye(len(centers))[labels].T @ points)[filled] / counts[filled, None]
-        if not filled.all():
-            far = np.argsort(-distances.min(1), kind='stable')
-            centers[~filled] = points[far[: (~filled).sum()]]
-    return centers, labels, max_steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree
 from vpt_jax.methods.vpt import check_dropout, check_num_tokens, uniform_prompts
+from vpt_jax.models import patch_grid
 from vpt_jax.models.places import Context
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -63,6 +64,7 @@ class VAPT(Method):
     """
 
     name: ClassVar[str] = 'vapt'
+    feeds_blocks: ClassVar[bool] = True
     num_tokens: int = 5
     dropout: float = 0.0
     hidden: int = 8
@@ -109,9 +111,7 @@ class VAPT(Method):
 
     def _map(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns after the convolution."""
-        if not self.conv:
-            return grid
-        return tuple(side + 2 * self.padding - self.kernel + 1 for side in grid)
+        return patch_grid.map_of(grid, self.kernel, self.padding) if self.conv else grid
 
     def init(self, key: jax.Array, model: Any, params: PyTree, num_classes: int) -> PyTree:
         """Draws the prompts and their generator."""
@@ -155,10 +155,6 @@ class VAPT(Method):
             x = ctx.replace(x, self._static(prompts['deep'][i - 1], x.shape[0], i, ctx))
         return block(x)
 
-    def untouched_end(self, depth: int) -> bool:
-        """The last block's output is its own."""
-        return True
-
     def boundaries(self, depth: int) -> tuple[int, ...]:
         """Block 0, the static blocks, the adaptive blocks."""
         return (1, self.static_layers)
@@ -184,11 +180,10 @@ class VAPT(Method):
         x = x * prompts['norm']['scale'][j] + prompts['norm']['bias'][j]
         mix, bias = prompts['mix']['kernel'][j].T, prompts['mix']['bias'][j]
         if self.depthwise:
-            q = jnp.einsum('pk,bkd->bpd', mix, self._depthwise(x, prompts['conv']['kernel'][j], grid))
-        else:
-            if self.conv:
-                mix = self._multiplied_out(mix, prompts['conv']['kernel'][j], grid)
-            q = jnp.einsum('pn,bnd->bpd', mix, x)
+            x = patch_grid.depthwise(x, prompts['conv']['kernel'][j], grid, self.padding)
+        elif self.conv:
+            mix = patch_grid.multiplied_out(mix, prompts['conv']['kernel'][j], grid, self.padding)
+        q = jnp.einsum('pn,bnd->bpd', mix, x)
         if self.conv:
             # Dropping a channel's whole map before the mix is dropping that channel after it, but for the bias.
             q = ctx.dropout(q, self.map_dropout, 'map', j, shared=(1,))
@@ -200,24 +195,3 @@ class VAPT(Method):
             down, up, scale = down[j], up[j], None if scale is None else scale[j]
         h = ctx.dropout(ACTIVATIONS[self.activation](q @ down), self.projector_dropout, 'hidden', j)
         return (h @ up) * (1.0 if scale is None else scale) + q
-
-    def _multiplied_out(self, mix: jax.Array, kernel: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Mix [P, H H'] after a convolution with `kernel` [K, K], as one mix [P, N] of the patches themselves."""
-        rows, columns = self._map(grid)
-        pad = self.padding
-        mix = mix.reshape(-1, rows, columns)
-        # The transposed convolution: each map position hands its weight on to the K x K patches that it reads.
-        out = jnp.zeros((mix.shape[0], grid[0] + 2 * pad, grid[1] + 2 * pad), mix.dtype)
-        for a in range(self.kernel):
-            for b in range(self.kernel):
-                out = out.at[:, a : a + rows, b : b + columns].add(kernel[a, b] * mix)
-        return out[:, pad : pad + grid[0], pad : pad + grid[1]].reshape(-1, grid[0] * grid[1])
-
-    def _depthwise(self, x: jax.Array, kernel: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Cross-correlation of [B, N, D] with one kernel per channel [K, K, D]; returns [B, H H', D]."""
-        pad, (rows, columns) = self.padding, self._map(grid)
-        x = jnp.pad(x.reshape(x.shape[0], *grid, -1), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        y = sum(
-            kernel[a, b] * x[:, a : a + rows, b : b + columns] for a in range(self.kernel) for b in range(self.kernel)
-        )
-        return y.reshape(y.shape[0], rows * columns, -1)

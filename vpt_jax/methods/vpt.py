@@ -73,6 +73,7 @@ class VPT(Method):
     """
 
     name: ClassVar[str] = 'vpt'
+    feeds_blocks: ClassVar[bool] = True
     num_tokens: int = 5
     deep: bool = False
     dropout: float = 0.0
@@ -184,14 +185,6 @@ class VPT(Method):
     def changes(self, place: str) -> bool:
         """VPT leaves the readout alone unless a pooling variant is chosen."""
         return super().changes(place) and (place != 'readout' or self.pool != 'original')
-
-    def first_block(self, model: Any) -> int:
-        """0, unless only the last blocks are prompted."""
-        return model.depth - self.last_layers_overwriting_patches if self.last_layers_overwriting_patches else 0
-
-    def untouched_end(self, depth: int) -> bool:
-        """Unless a pooling variant is chosen."""
-        return not self.changes('readout')
 
     def boundaries(self, depth: int) -> tuple[int, ...]:
         """Block 0 differs from the others, and so does what follows the last prompted block."""

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.errors import UsageError, unknown
+from vpt_jax.errors import MissingPlace, UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree
 from vpt_jax.methods.vpt import uniform_prompts
 from vpt_jax.models.places import Context
@@ -85,9 +85,10 @@ class VPTM(Method):
         """Refuses networks without mask token and head over visual tokens, or without the codes that are asked for."""
         super().check(model)
         if not (getattr(model, 'mask_token', False) and getattr(model, 'vocab', 0)):
-            raise UsageError(
+            raise MissingPlace(
+                'mask token',
                 f'method vptm needs a network of masked pretraining, with its mask token and its head over visual '
-                f'tokens, and this {type(model).__name__} lacks them: use a BEiT as pretrained, not one fine-tuned'
+                f'tokens, and this {type(model).__name__} lacks them: use a BEiT as pretrained, not one fine-tuned',
             )
         if self.read == 'codebook' and not model.code_width:
             raise UsageError(

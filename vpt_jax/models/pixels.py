@@ -1,6 +1,9 @@
 """What a backbone's input must look like; one convention a source of weights."""
 
 import dataclasses
+from typing import Any
+
+import numpy as np
 
 Triple = tuple[float, float, float]
 
@@ -17,6 +20,10 @@ class Pixels:
     mean: Triple
     std: Triple
     resize: str
+
+    def normalise(self, images: Any) -> Any:
+        """Images in [0, 1], channels last, as the backbone takes them; numpy or jax."""
+        return (images - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
 
 #: ImageNet's mean and standard deviation, resized as VPT's VTAB-1k protocol does.

@@ -11,7 +11,8 @@ from tests.parity.case import Case, Report, Unsupported
 from tests.parity.prompted import quick_compile
 from tests.parity.torch_names import linear, same
 from vpt_jax.methods import SPT, Linear
-from vpt_jax.methods.spt import lloyd, pool_windows, tokens_of
+from vpt_jax.methods.kmeans import lloyd
+from vpt_jax.methods.spt import pool_windows, tokens_of
 
 _REDUCE = {'mean_pooling': jnp.mean, 'max_pooling': jnp.max}
 
