@@ -10,6 +10,7 @@ import numpy as np
 
 import vpt_jax as vj
 from tests.training.conftest import METHOD
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import step as steps
 from vpt_jax.training.loop import default_preprocess
 
@@ -21,13 +22,13 @@ def losses():
     backbone = vj.load_backbone('random:Ti/8@16', depth=1, width=32, mlp_dim=32, heads=2)
     # The program that other tests train too.
     program = steps.Program(backbone.model, vj.methods.with_head(METHOD), default_preprocess(backbone), 4)
-    mesh = steps.data_mesh()
+    mesh = meshes.data_mesh()
     state = steps.init_state(program, backbone.params, seed=0, learning_rate=0.1, weight_decay=1e-3, warmup_epochs=0,
                              epochs=10, steps_per_epoch=1)  # fmt: skip
-    state, params = steps.replicate(state, mesh), steps.cast_backbone(backbone.params, 'float32', mesh)
+    state, params = meshes.replicate(state, mesh), meshes.cast_backbone(backbone.params, 'float32', mesh)
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
     weight = np.array([1, 1, 1, 1, 1, 1, 0, 0], np.float32)
-    batch = steps.shard_batch({'image': images, 'label': np.arange(8, dtype=np.int32) % 4, 'weight': weight}, mesh)
+    batch = meshes.shard_batch({'image': images, 'label': np.arange(8, dtype=np.int32) % 4, 'weight': weight}, mesh)
     step, found = steps.train_step(program, mesh), []
     for _ in range(3):
         state, metrics = step(params, state, batch)

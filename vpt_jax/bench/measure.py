@@ -11,6 +11,7 @@ import numpy as np
 from vpt_jax import methods
 from vpt_jax.bench import flops
 from vpt_jax.models.zoo import Backbone
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import step as steps
 from vpt_jax.training.loop import default_preprocess
 
@@ -78,11 +79,11 @@ class Measured:
         self.method = methods.with_head(METHODS[method]())
         preprocess = default_preprocess(backbone)
         program = steps.Program(backbone.model, self.method, preprocess, CLASSES, precision=precision)
-        self.mesh = steps.data_mesh()
-        self.params = steps.cast_backbone(backbone.params, precision, self.mesh)
+        self.mesh = meshes.data_mesh()
+        self.params = meshes.cast_backbone(backbone.params, precision, self.mesh)
         state = steps.init_state(program, backbone.params, seed=0, learning_rate=1e-3, weight_decay=1e-4,
                                  warmup_epochs=0, epochs=100, steps_per_epoch=100)  # fmt: skip
-        self.state = steps.replicate(state, self.mesh)
+        self.state = meshes.replicate(state, self.mesh)
         rng = np.random.default_rng(0)
         size = backbone.model.image_size
         self.batch = {
@@ -90,7 +91,7 @@ class Measured:
             'label': rng.integers(0, CLASSES, batch).astype(np.int32),
             'weight': np.ones(batch, np.float32),
         }
-        on_device = steps.shard_batch(self.batch, self.mesh)
+        on_device = meshes.shard_batch(self.batch, self.mesh)
         trained = (self.state.prompts, self.state.state)
         start = time.perf_counter()
         train = steps.train_step(program, self.mesh).lower(self.params, self.state, on_device).compile()

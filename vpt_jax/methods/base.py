@@ -310,6 +310,7 @@ def features(model: Any, method: Method, params: PyTree, prompts: PyTree, images
       (features [B, D], the forward pass's context).
     """
     ctx = Context(train=train, key=key, state=state, weight=weight, pixels=pixels)
+    params = model.gathered(params)
     if method.changes('weights'):
         params = model.stored(method.weights(prompts, model.canonical(params)))
     images = method.pixels(prompts, images, ctx)

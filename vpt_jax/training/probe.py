@@ -19,7 +19,8 @@ from vpt_jax.methods import Linear
 from vpt_jax.models.zoo import Backbone
 from vpt_jax.training import optimizer as optimizers
 from vpt_jax.training import schedule as schedules
-from vpt_jax.training.step import Program, cast_backbone, data_mesh, feature_step, shard_batch
+from vpt_jax.training.mesh import cast_backbone, data_mesh, feeder
+from vpt_jax.training.step import Program, feature_step
 
 PyTree = Any
 
@@ -31,7 +32,8 @@ def features(program: Program, mesh, params, split: Split, batch_size: int) -> n
     """Features float32 [N, D] of a split, from evaluation views."""
     step = feature_step(program, mesh)
     batches = Batches(split, program.preprocess, batch_size, train=False)
-    out = [step(params, None, shard_batch(batch, mesh)) for batch in batches.epoch()]
+    batch = feeder(batches, mesh)
+    out = [step(params, None, batch(t)) for t in range(batches.steps_per_epoch)]
     return np.concatenate([np.asarray(f) for f in out])[: len(split)]
 
 
@@ -97,7 +99,8 @@ def accuracies(heads: PyTree, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def linear_probe(backbone: Backbone, dataset: Dataset, preprocess: Preprocess, *, seed: int = 0, batch_size: int = 64,
-                 epochs: int = 100, warmup_epochs: int = 10, precision: str = 'float32') -> dict:  # fmt: skip
+                 epochs: int = 100, warmup_epochs: int = 10, precision: str = 'float32',
+                 shard_backbone: bool = False) -> dict:  # fmt: skip
     """Trains a linear head on frozen features and reports it on the test split.
 
     Args:
@@ -108,14 +111,17 @@ def linear_probe(backbone: Backbone, dataset: Dataset, preprocess: Preprocess, *
       batch_size: of the head's training and of the feature extraction.
       epochs, warmup_epochs: the schedule.
       precision: of the backbone.
+      shard_backbone: see `Recipe`.
 
     Returns:
       `test_accuracy` and `val_accuracy` in [0, 1] (None for an empty split), `base_lr`, `trained_parameters`.
     """
     mesh = data_mesh()
     model = backbone.model.clone(classes=0)  # features, whatever the run itself reads
-    program = Program(model, Linear(), preprocess, dataset.num_classes, precision=precision)
-    params = cast_backbone(backbone.params, precision, mesh)
+    program = Program(
+        model, Linear(), preprocess, dataset.num_classes, precision=precision, shard_backbone=shard_backbone
+    )
+    params = cast_backbone(backbone.params, precision, mesh, shard_backbone)
     size = max(batch_size // jax.device_count(), 1) * jax.device_count()
     sets = {name: getattr(dataset, name) for name in ('train', 'val', 'test')}
     found = {name: features(program, mesh, params, split, size) for name, split in sets.items() if len(split)}

@@ -162,7 +162,7 @@ def sweep(
 
 def _described(config: ConfigDict, backbone: Backbone, final_on_val: bool) -> dict:
     """What must agree for a sweep to be gone on with: not the tasks, nor where the data are."""
-    left_out = ('dataset', 'benchmark', 'data.dir', 'data.memory_gb', 'sweep.fast_lr')
+    left_out = ('dataset', 'benchmark', 'data.dir', 'data.memory_gb', 'sweep.fast_lr', 'train.shard_backbone')
     fields = {k: v for k, v in flatten(config.to_dict()).items() if k not in left_out}
     return {'config': fields, 'backbone': backbone.describe(), 'final_on_val': final_on_val}
 
