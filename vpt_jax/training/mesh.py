@@ -20,7 +20,7 @@ from vpt_jax.errors import UsageError
 PyTree = Any
 
 #: A leaf with fewer numbers is on every device of a sharded backbone: splitting it saves nothing and costs a message.
-SMALLEST_SHARDED = 2**16
+SMALLEST_SHARDED = 2**15
 
 
 def data_mesh() -> Mesh:
