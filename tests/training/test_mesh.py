@@ -137,9 +137,10 @@ def test_parts_of_a_batch_are_the_rows_of_the_whole():
 
 def test_a_batch_that_cannot_be_split_is_refused():
     mesh = jax.sharding.AbstractMesh((8,), ('data',))
-    with pytest.raises(UsageError, match=r'batch_size of 20 examples .* over 8 devices: use a multiple of 8, such as 16'):
+    message = 'batch_size of 20 examples cannot be split over 8 devices: use a multiple of 8, such as 16'
+    with pytest.raises(UsageError, match=message):
         meshes.check_batch(20, mesh, '--config.train.batch_size')
-    with pytest.raises(UsageError, match='such as 8$'):
+    with pytest.raises(UsageError, match='such as 8'):
         meshes.check_batch(2, mesh)
 
 
