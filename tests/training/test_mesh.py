@@ -11,6 +11,7 @@ import pytest
 
 import vpt_jax as vj
 from tests.commands import environment
+from tests.networks import QUICK_FLAGS
 from tests.training import test_together as together_tests
 from tests.training.conftest import METHOD, arrays
 from vpt_jax import data
@@ -79,7 +80,7 @@ print(json.dumps({{
     'trials': trials(folder / 'trials'), 'fitted': fitted(folder / 'run', {npz!r}),
 }}))
 """
-    env = environment(folder / 'cache') | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES}'}
+    env = environment(folder / 'cache') | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES} {QUICK_FLAGS}'}
     done = subprocess.run([sys.executable, '-c', program], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.commands import ROOT, environment, write_task
+from tests.networks import QUICK_FLAGS
 from vpt_jax import data
 
 # 3 steps an epoch, the last one with padding; dropout is on.
@@ -60,7 +61,7 @@ def start(place):
 
     def run(workdir, processes=1, devices=1, stop_at=(-1, -1), more=()):
         flags = [config, *SETTINGS, f'--workdir={folder / workdir}', *more]
-        env = environment(folder / 'cache') | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+        env = environment(folder / 'cache') | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}'}
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
