@@ -80,7 +80,8 @@ print(json.dumps({{
     'trials': trials(folder / 'trials'), 'fitted': fitted(folder / 'run', {npz!r}),
 }}))
 """
-    env = environment(folder / 'cache') | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES} {QUICK_FLAGS}'}
+    devices = f'--xla_force_host_platform_device_count={DEVICES}'
+    env = environment(folder / 'cache') | {'XLA_FLAGS': f'{devices} {QUICK_FLAGS}'}
     done = subprocess.run([sys.executable, '-c', program], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -61,7 +61,8 @@ def start(place):
 
     def run(workdir, processes=1, devices=1, stop_at=(-1, -1), more=()):
         flags = [config, *SETTINGS, f'--workdir={folder / workdir}', *more]
-        env = environment(folder / 'cache') | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}'}
+        flags_of_xla = f'--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}'
+        env = environment(folder / 'cache') | {'XLA_FLAGS': flags_of_xla}
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]

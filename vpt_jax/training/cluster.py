@@ -102,7 +102,7 @@ def sweep_by_jobs(
     running = {}
     for task in tasks:
         if task in submitted:
-            job = executor.job_class(executor.folder, submitted[task])
+            job = _known_job(executor, launcher, submitted[task])
             if _is_running(job, launcher):
                 say(f'{sweeps.label(task)}: job {job.job_id} is under way already')
                 running[task] = job
@@ -148,14 +148,18 @@ def _executor(folder: Path, launcher: str, options: Mapping[str, Any]) -> Any:
     return executor
 
 
+def _known_job(executor: Any, launcher: str, number: str) -> Any:
+    submitit = importlib.import_module('submitit')
+    kinds = {'local': submitit.LocalJob, 'slurm': submitit.SlurmJob}
+    return kinds[launcher](executor.folder, number)
+
+
 def _is_running(job: Any, launcher: str) -> bool:
-    if launcher == 'slurm':
-        return not job.done()
-    # A job on this machine that another process started is known by its process alone.
-    if job.paths.result_pickle.exists():
+    if not job.done():
+        return True
+    if launcher == 'slurm' or job.paths.result_pickle.exists():
         return False
-    if job._process is not None:
-        return not job.done()
+    # Of a job on this machine that an earlier process started, submitit knows nothing before it has ended.
     try:
         os.kill(int(job.job_id), 0)
     except OSError:
