@@ -50,11 +50,15 @@ def losses(shard=False, scan=False):
 
 
 def trials(folder):
-    """Prompts of four trials as one program, as nested lists."""
+    """Prompts of four trials as one program, as nested lists; on several devices their backbone is split too."""
     task = together_tests.make_task(folder)
+    if jax.device_count() > 1:
+        task.config.train.shard_backbone, meshes.SMALLEST_SHARDED = True, 256
     ours = together._Together(task, together_tests.trials('search'))
     states, finite = ours._train(loop.RunFolder(folder / 'x', {}), ours._states())
     assert finite.all()
+    largest = max(jax.tree.leaves(ours.params), key=lambda leaf: leaf.size)
+    assert largest.addressable_shards[0].data.size * jax.device_count() == largest.size
     assert ours.mesh.shape == {'trial': 4, 'data': jax.device_count() // 4} or jax.device_count() == 1
     return [np.asarray(a).tolist() for a in jax.tree.leaves(states.prompts)]
 
@@ -67,17 +71,26 @@ def fitted(workdir, npz):
     return [a.tolist() for a in jax.tree.leaves(result.prompts)], result.metrics['test_loss']
 
 
+def refusal(workdir, npz):
+    """What is said of a batch that the devices do not divide, and whether it left anything behind."""
+    try:
+        vj.fit(METHOD, npz, 'random:Ti/8@16', workdir=workdir, recipe=vj.Recipe(batch_size=20))
+    except UsageError as error:
+        return str(error), workdir.exists()
+
+
 @pytest.fixture(scope='module')
 def on_eight(tmp_path_factory, npz):
     """What the functions above give on eight devices."""
     folder = tmp_path_factory.mktemp('eight')
     program = f"""
 import json, pathlib
-from tests.training.test_mesh import losses, trials, fitted
+from tests.training.test_mesh import losses, refusal, trials, fitted
 folder = pathlib.Path({str(folder)!r})
 print(json.dumps({{
     'whole': losses(), 'split': losses(shard=True), 'scanned': losses(shard=True, scan=True),
-    'trials': trials(folder / 'trials'), 'fitted': fitted(folder / 'run', {npz!r}),
+    'fitted': fitted(folder / 'run', {npz!r}), 'refusal': refusal(folder / 'no', {npz!r}),
+    'trials': trials(folder / 'trials'),
 }}))
 """
     devices = f'--xla_force_host_platform_device_count={DEVICES}'
@@ -137,13 +150,13 @@ def test_parts_of_a_batch_are_the_rows_of_the_whole():
             jax.tree.map(lambda a, b, r=rows: np.testing.assert_array_equal(a[r], b), whole, batches.batch(t, rows))
 
 
-def test_a_batch_that_cannot_be_split_is_refused():
-    mesh = jax.sharding.AbstractMesh((8,), ('data',))
-    message = 'batch_size of 20 examples cannot be split over 8 devices: use a multiple of 8, such as 16'
-    with pytest.raises(UsageError, match=message):
-        meshes.check_batch(20, mesh, '--config.train.batch_size')
+def test_a_batch_that_cannot_be_split_is_refused(on_eight):
+    message, wrote = on_eight['refusal']
+    assert message == ('--config.train.batch_size of 20 examples cannot be split over 8 devices: use a multiple of 8, '
+                       'such as 16')  # fmt: skip
+    assert not wrote
     with pytest.raises(UsageError, match='such as 8'):
-        meshes.check_batch(2, mesh)
+        meshes.check_batch(2, jax.sharding.AbstractMesh((8,), ('data',)))
 
 
 @pytest.mark.parametrize(('environment', 'gpus'), [

@@ -103,6 +103,7 @@ def fit(
     if start is not None:
         described['start'] = {'crc32': crc32((start.prompts, start.state))}
     backbone = as_run(recipe, backbone)
+    check_batches(recipe)
     if isinstance(dataset, str):
         task = dataset
         dataset = distributed.together(lambda: data.load(
@@ -127,6 +128,13 @@ def program_of(recipe: Recipe, model, method, preprocess, num_classes: int) -> s
         recipe.bias_multiplier, recipe.per_step, recipe.label_smoothing, recipe.mixup, recipe.resolved_precision(),
         recipe.schedule, recipe.shard_backbone,
     )  # fmt: skip
+
+
+def check_batches(recipe: Recipe) -> None:
+    """Refuses batches that the devices do not divide, before anything of the run is on disk."""
+    mesh = meshes.data_mesh()
+    for field in ('batch_size', 'eval_batch_size'):
+        meshes.check_batch(getattr(recipe, field), mesh, f'--config.train.{field}')
 
 
 def as_run(recipe: Recipe, backbone: Backbone) -> Backbone:
@@ -194,8 +202,6 @@ class Run:
         self.recipe, self.backbone, self.dataset, self.preprocess = recipe, backbone, dataset, preprocess
         self.batches, self.program, self.folder = batches, program, folder
         self.mesh = meshes.data_mesh()
-        meshes.check_batch(recipe.batch_size, self.mesh, '--config.train.batch_size')
-        meshes.check_batch(self._eval_batch_size, self.mesh, '--config.train.eval_batch_size')
         self.params = meshes.cast_backbone(backbone.params, program.precision, self.mesh, recipe.shard_backbone)
         self.total = recipe.epochs * batches.steps_per_epoch
         self.pending: list[tuple[int, dict]] = []
@@ -230,7 +236,7 @@ class Run:
                     timing['first_step'] = time.perf_counter() - timing['began']
                     meter.restart()
                 done = t + 1
-                logs, saves = (n and done % n == 0 for n in (self.recipe.log_every_steps, every))
+                logs, saves = (done % n == 0 for n in (self.recipe.log_every_steps, every))
                 stop = request.agreed(logs or saves)  # one that comes later than this is for the next step
                 last = done == self.total or stop
                 row = None
@@ -334,12 +340,9 @@ class Run:
         batches = self._evaluation(split)
         return evaluation.evaluate(self.program, self.mesh, self.params, state.prompts, state.state, batches)
 
-    @property
-    def _eval_batch_size(self) -> int:
-        return self.recipe.eval_batch_size or self.recipe.batch_size
-
     def _evaluation(self, split: data.Split) -> data.Batches:
-        return data.Batches(split, self.preprocess, self._eval_batch_size, train=False)
+        size = self.recipe.eval_batch_size or self.recipe.batch_size
+        return data.Batches(split, self.preprocess, size, train=False)
 
     def _validates_after(self, done: int) -> bool:
         epoch, rest = divmod(done, self.batches.steps_per_epoch)

@@ -143,6 +143,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         raise unknown('stage of masked pretraining', config.stage, STAGES)
     if recipe.shard_backbone:
         raise UsageError('masked pretraining trains all of the network: leave out --config.train.shard_backbone')
+    loop.check_batches(recipe)
     if recipe.label_smoothing or recipe.mixup:
         raise UsageError('masked pretraining has no labels: set --config.train.label_smoothing and mixup to 0')
     preprocess = configs.build_preprocess(config, zoo.Backbone(config.stage, _network(config), {}, '', HALF))
