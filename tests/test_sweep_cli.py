@@ -67,6 +67,37 @@ def test_a_benchmark_is_a_name(command, backbone, vtab, place):
     assert json.loads((place / 'run' / 'table.json').read_text()) == table
 
 
+def test_a_job_for_every_task(command, backbone, vtab, place):
+    """The second time one task is left to do, and the first one's job finds its work done."""
+    arguments = (
+        f'--config=configs/linear.py:benchmark=vtab,backbone={backbone}', f'--config.data.dir={vtab}',
+        '--tasks=patch_camelyon,eurosat', '--seeds=2', '--config.train.epochs=5', '--config.train.warmup_epochs=1',
+        '--config.train.batch_size=8',
+    )  # fmt: skip
+    done = command('sweep', *arguments, '--launcher=local', '--jobs=1', f'--workdir={place / "jobs"}')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'vtab:patch_camelyon: submitted job' in done.stdout and 'vtab:eurosat: submitted job' in done.stdout
+    alone = command('sweep', *arguments, f'--workdir={place / "run"}')
+    assert alone.returncode == 0, alone.stderr
+    ours, theirs = (json.loads((place / name / 'table.json').read_text()) for name in ('jobs', 'run'))
+    assert ours == theirs and [row['task'] for row in ours['tasks']] == ['vtab:patch_camelyon', 'vtab:eurosat']
+    # By one process it is the same sweep: nothing is done again.
+    again = command('sweep', *arguments, f'--workdir={place / "jobs"}')
+    assert again.returncode == 0 and 'search 1/' not in again.stdout
+    broken = place / 'jobs' / 'vtab_eurosat' / 'trials' / 'final'
+    next(broken.glob('*.json')).write_text('{')
+    failed = command('sweep', *arguments, '--launcher=local', f'--workdir={place / "jobs"}')
+    refused(failed, '1 of 2 tasks failed (vtab:eurosat: it was stopped or ended with an error, see')
+
+
+def test_bad_launchers_are_refused(command, backbone, vtab, place):
+    config = (f'--config=configs/linear.py:benchmark=vtab,backbone={backbone}', f'--config.data.dir={vtab}',
+              '--tasks=eurosat', f'--workdir={place / "refused"}')  # fmt: skip
+    refused(command('sweep', *config, '--launcher=slrum'), "unknown launcher 'slrum': did you mean 'slurm'")
+    refused(command('sweep', *config, '--launcher=local', '--launcher_options=timeout'), 'name=value', "'timeout'")
+    refused(command('sweep', *config, '--launcher=local', '--launcher_options=timeout_mins=3'), 'timeout_mins')
+
+
 def test_what_is_missing_is_said_at_once(command, backbone, vtab, place):
     config = f'--config=configs/vapt.py:benchmark=vtab,backbone={backbone}'
     done = command('sweep', config, f'--config.data.dir={vtab}', f'--workdir={place / "missing"}')

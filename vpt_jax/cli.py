@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from vpt_jax.errors import UsageError, unknown
+from vpt_jax.training import distributed
 from vpt_jax.training.compiled import keep_compiled
 from vpt_jax.training.loop import DivergedError
 from vpt_jax.training.stopping import StoppedError
@@ -52,7 +53,8 @@ def guarded(main: Callable[[], int | None]) -> Callable[[], None]:
 
 
 def _say(message: object, code: int) -> int:
-    print(f'error: {message}' if code in (1, 2) else message, file=sys.stderr, flush=True)
+    if distributed.is_main():
+        print(f'error: {message}' if code in (1, 2) else message, file=sys.stderr, flush=True)
     return code
 
 
@@ -61,6 +63,7 @@ def run_with_config(
     description: str,
     holders: Sequence[flags.FlagHolder] = (),
     place: Callable[[str, ConfigDict], str] = lambda name, config: f'runs/{name}',
+    processes: bool = False,
 ) -> None:
     """Runs `main(config, workdir)` with `--config FILE[:args]`, `--config.field=value` and `--workdir DIR`.
 
@@ -71,16 +74,44 @@ def run_with_config(
       description: for `--help`.
       holders: other flags of the program, given to `main` by name.
       place: the default of `--workdir`, from the config file's name and the config.
+      processes: whether several processes may run it as one (`training.distributed`).
     """
     config = config_flags.DEFINE_config_file('config', None, 'A config file, FILE.py or FILE.py:name=value,...')
     workdir = flags.DEFINE_string('workdir', None, 'Everything the run writes goes here; by default runs/CONFIG.')
     flags.mark_flag_as_required('config')
+    join = _joining() if processes else _alone
 
     def start() -> None:
+        join()
         given = {holder.name: holder.value for holder in holders}
         main(config.value, workdir.value or place(config_name(), config.value), **given)
 
     _run(lambda arguments: start(), description, takes_arguments=False)
+
+
+def _joining() -> Callable[[], None]:
+    mode = flags.DEFINE_string(
+        'distributed', 'auto', 'auto: be one run with the processes that SLURM, Open MPI or a TPU pod started; or off'
+    )
+    coordinator = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, for processes started by hand')
+    count = flags.DEFINE_integer('num_processes', None, 'how many processes were started by hand')
+    number = flags.DEFINE_integer('process_id', None, 'which of them this one is, from 0')
+
+    def join() -> None:
+        distributed.start(mode.value, coordinator.value, count.value, number.value)
+        if not distributed.is_main():  # one report of the run is enough
+            sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+
+    return join
+
+
+def _alone() -> None:
+    count = distributed.started_processes() or 1
+    if count > 1:
+        raise UsageError(
+            f'this program runs as one process, and {count} were started: start one (it uses all devices of its '
+            'machine); sweeps use several machines with --launcher=slurm'
+        )
 
 
 def config_name() -> str:

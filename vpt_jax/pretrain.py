@@ -21,6 +21,7 @@ from vpt_jax.methods.base import overlay
 from vpt_jax.models import zoo
 from vpt_jax.training import config as configs
 from vpt_jax.training import masked
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import step as steps
 from vpt_jax.training.probe import features
 
@@ -62,9 +63,9 @@ def standardised(model, params: dict, split: data.Split, preprocess: data.Prepro
     """
     chosen = np.random.default_rng(0).permutation(len(split))[:images]
     sample = data.Split(split.images[chosen], split.labels[chosen], tuple(split.names[i] for i in chosen))
-    mesh = steps.data_mesh()
+    mesh = meshes.data_mesh()
     program = steps.Program(model, Linear(), preprocess, 2)
-    found = features(program, mesh, steps.cast_backbone(params, 'float32', mesh), sample, 500)
+    found = features(program, mesh, meshes.cast_backbone(params, 'float32', mesh), sample, 500)
     mean, std = found.mean(axis=0), found.std(axis=0) + 1e-6
     norm = params['Transformer']['encoder_norm']
     return overlay(params, {'Transformer': {'encoder_norm': {

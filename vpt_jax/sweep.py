@@ -1,7 +1,8 @@
 """Runs a benchmark's published protocol: `python -m vpt_jax.sweep --config=configs/vapt.py:benchmark=vtab`.
 
 A grid on train and val, then several seeds on the whole of it, test accuracy of the last epoch; one table over the
-tasks. It can be stopped and given again at any point, and goes on from there. `docs/benchmarks.md` has the protocols.
+tasks. It can be stopped and given again at any point, and goes on from there. `docs/benchmarks.md` has the protocols,
+`docs/scaling.md` how to spread tasks over a cluster (--launcher=slurm).
 """
 
 import pathlib
@@ -10,6 +11,7 @@ from absl import flags
 
 from vpt_jax import cli
 from vpt_jax.errors import UsageError, unknown
+from vpt_jax.training.cluster import read_options, sweep_by_jobs
 from vpt_jax.training.sweep import SEEDS, benchmark_of, sweep
 from vpt_jax.training.sweep_table import read_published, write_tables
 
@@ -17,7 +19,10 @@ from vpt_jax.training.sweep_table import read_published, write_tables
 _PUBLISHED = pathlib.Path(__file__).parents[1] / 'experiments' / 'published'
 
 
-def main(config, workdir: str, tasks: list[str], seeds: str, fast: bool, published: str | None) -> None:
+def main(
+    config, workdir: str, tasks: list[str], seeds: str, fast: bool, published: str | None, launcher: str | None,
+    launcher_options: list[str], jobs: int,
+) -> None:  # fmt: skip
     """Runs the sweep; prints a line a trial and the table after every task."""
     if not config.benchmark:
         raise UsageError('say which benchmark: --config=FILE.py:benchmark=vtab (or fgvc, pgn, ap)')
@@ -29,8 +34,12 @@ def main(config, workdir: str, tasks: list[str], seeds: str, fast: bool, publish
     def report(results: list[dict]) -> None:
         print('\n' + write_tables(workdir, results, title, beside), flush=True)
 
-    sweep(config, chosen, workdir, final_on_val=benchmark.final_on_val, seeds=read_seeds(seeds), fast=fast,
-          report=report)  # fmt: skip
+    how = {'final_on_val': benchmark.final_on_val, 'seeds': read_seeds(seeds), 'fast': fast}
+    if launcher:
+        sweep_by_jobs(config, chosen, workdir, launcher, read_options(launcher_options), at_once=jobs, report=report,
+                      **how)  # fmt: skip
+    else:
+        sweep(config, chosen, workdir, report=report, **how)
     print(f'the tables are in {workdir}: table.md, table.csv, table.json')
 
 
@@ -77,6 +86,9 @@ def _flags() -> list[flags.FlagHolder]:
         flags.DEFINE_bool(
             'fast', False, "VAPT's short search: all decays at one rate, then the best decay at all rates"
         ),
+        flags.DEFINE_string('launcher', None, 'a job for every task: slurm, or local for processes of this machine'),
+        flags.DEFINE_list('launcher_options', [], "of submitit's jobs: timeout_min=600,gpus_per_node=1,slurm_..."),
+        flags.DEFINE_integer('jobs', 0, 'how many jobs at once; 0 for all', lower_bound=0),
         flags.DEFINE_string('published', None, 'folder of published numbers; by default experiments/published'),
     ]
 

@@ -11,7 +11,10 @@ def main(config, workdir: str) -> None:
     metrics = result.metrics
     probe, whole = None, preprocess.size == result.backbone.model.image_size
     if config.train.linear_probe and config.method.name != 'linear' and whole:
-        probe = linear_probe(result.backbone, dataset, preprocess, seed=config.seed, precision=metrics['precision'])
+        probe = linear_probe(
+            result.backbone, dataset, preprocess, seed=config.seed, precision=metrics['precision'],
+            shard_backbone=config.train.shard_backbone,
+        )  # fmt: skip
         result.add('linear_probe', probe)
     print(f'\n{config.method.name} on {dataset.name}, {result.backbone.name}; everything is in {result.folder}')
     share = f'{metrics["percent_of_backbone"]:.2f}% of the backbone'
@@ -28,4 +31,4 @@ def main(config, workdir: str) -> None:
 
 
 if __name__ == '__main__':
-    cli.run_with_config(main, __doc__)
+    cli.run_with_config(main, __doc__, processes=True)

@@ -12,6 +12,7 @@ from vpt_jax.errors import UsageError
 from vpt_jax.methods import VPT, Context, Full, Linear, Stack, VPTAdd, VPTBelow, VPTPad, VPTPixels
 from vpt_jax.models.convolution import ResidualStages
 from vpt_jax.models.resnet import ResNet
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import step as steps
 
 MODEL = ResNet(depths=(1, 1), inner=(4, 8), outer=(16, 32), stem_width=8, image_size=16)
@@ -22,16 +23,16 @@ def _train(method, count=6):
     """Losses of `count` steps on one batch, the state afterwards, and the program with its weights."""
     method = Stack(method, Linear())
     program = steps.Program(MODEL, method, Preprocess(16), 4)
-    mesh, params, data = steps.data_mesh(), drawn(MODEL), arrays()
+    mesh, params, data = meshes.data_mesh(), drawn(MODEL), arrays()
     weight = np.ones(16, np.float32)
     weight[-3:] = 0  # as in a last, partial batch
     batch = {'image': data['images'][:16], 'label': data['labels'][:16].astype(np.int32), 'weight': weight}
     state = steps.init_state(program, params, seed=0, learning_rate=0.05, weight_decay=0.0, warmup_epochs=0,
                              epochs=100, steps_per_epoch=count)  # fmt: skip
     first = jax.tree.map(np.asarray, (state.prompts, state.state))
-    state, losses = steps.replicate(state, mesh), []
+    state, losses = meshes.replicate(state, mesh), []
     for _ in range(count):
-        state, metrics = steps.train_step(program, mesh)(params, state, steps.shard_batch(batch, mesh))
+        state, metrics = steps.train_step(program, mesh)(params, state, meshes.shard_batch(batch, mesh))
         losses.append(float(metrics['loss']))
     return losses, first, state, (program, mesh, params, batch)
 
@@ -60,7 +61,7 @@ def test_below_trains_the_first_layers_with_their_norm_on_the_batch():
     assert (np.asarray(carried['added']['bn1']['var']) > 0).all()
     # Evaluation looks at the running statistics, so what was carried changes what it says.
     look = steps.eval_step(program, mesh)
-    batch = steps.shard_batch(batch, mesh)
+    batch = meshes.shard_batch(batch, mesh)
     logits = [look(params, (state.prompts, s), batch)['logits'] for s in (state.state, first)]
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 

@@ -8,6 +8,7 @@ import pytest
 
 import vpt_jax as vj
 from tests.training.conftest import METHOD, RECIPE
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import step as steps
 from vpt_jax.training.inference import Predictor
 from vpt_jax.training.loop import default_preprocess
@@ -63,7 +64,7 @@ def test_the_rate_is_zero_in_the_first_epoch_and_scaled_to_the_batch(finished):
 
 
 def test_other_rates_and_seeds_do_not_compile_again(fit, finished, backbone, tmp_path):
-    compiled = steps.train_step(the_program(backbone), steps.data_mesh())
+    compiled = steps.train_step(the_program(backbone), meshes.data_mesh())
     assert compiled._cache_size() == 1
     other = fit(tmp_path, base_lr=1.0, weight_decay=0.1, seed=3, epochs=2)
     assert compiled._cache_size() == 1

@@ -14,6 +14,7 @@ from tests.training.conftest import RECIPE
 from vpt_jax.methods import AP, CVPT, VPT, Linear, MLPHead, NormTune, Partial, Stack, forward, prefix
 from vpt_jax.models.resnet import ResNet
 from vpt_jax.models.vit import ViT
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import prefixed
 from vpt_jax.training import step as steps
 from vpt_jax.training.loop import default_preprocess
@@ -110,8 +111,8 @@ def test_what_memory_cannot_hold_goes_to_a_file(tmp_path, deeper, npz, monkeypat
     preprocess = default_preprocess(deeper)
     split = vj.data.load(npz, preprocess).train
     program = steps.Program(deeper.model, Stack(AP(at=(2,)), Linear()), preprocess, 3)
-    mesh = steps.data_mesh()
-    params = steps.cast_backbone(deeper.params, 'float32', mesh)
+    mesh = meshes.data_mesh()
+    params = meshes.cast_backbone(deeper.params, 'float32', mesh)
     held = prefixed.rows(program, mesh, params, split, 16, tmp_path)
     monkeypatch.setattr(prefixed, 'free_memory', lambda: 0)
     on_disk = prefixed.rows(program, mesh, params, split, 16, tmp_path)

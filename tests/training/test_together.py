@@ -16,6 +16,10 @@ from vpt_jax.training.trials import TaskRun, Trial, changed, run_trials
 
 @pytest.fixture(scope='module')
 def task(tmp_path_factory):
+    return make_task(tmp_path_factory.mktemp('task'))
+
+
+def make_task(folder):
     """A tiny task of three classes on an untrained network, two steps an epoch."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, 32, 32, 3), np.uint8)
@@ -31,7 +35,7 @@ def task(tmp_path_factory):
     config.train.update(epochs=3, warmup_epochs=1, batch_size=6, linear_probe=False)
     preprocess = loop.default_preprocess(backbone)
     dataset = data.Dataset('tiny', ('a', 'b', 'c'), split(0, 12), split(12, 16), split(16, 20))
-    return TaskRun(config, backbone, dataset, preprocess, tmp_path_factory.mktemp('task'), True)
+    return TaskRun(config, backbone, dataset, preprocess, folder, True)
 
 
 def trials(phase, seeds=(0,)):

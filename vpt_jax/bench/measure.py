@@ -13,6 +13,7 @@ from vpt_jax.bench import flops
 from vpt_jax.methods import prefix
 from vpt_jax.models.network import Network
 from vpt_jax.models.zoo import Backbone
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import step as steps
 from vpt_jax.training.loop import default_preprocess
 
@@ -92,11 +93,11 @@ class Measured:
         self.method = methods.with_head(METHODS[method](backbone.model))
         preprocess = default_preprocess(backbone)
         program = steps.Program(backbone.model, self.method, preprocess, CLASSES, precision=precision)
-        self.mesh = steps.data_mesh()
-        self.params = steps.cast_backbone(backbone.params, precision, self.mesh)
+        self.mesh = meshes.data_mesh()
+        self.params = meshes.cast_backbone(backbone.params, precision, self.mesh)
         state = steps.init_state(program, backbone.params, seed=0, learning_rate=1e-3, weight_decay=1e-4,
                                  warmup_epochs=0, epochs=100, steps_per_epoch=100)  # fmt: skip
-        self.state = steps.replicate(state, self.mesh)
+        self.state = meshes.replicate(state, self.mesh)
         rng = np.random.default_rng(0)
         size = backbone.model.image_size
         self.batch = {
@@ -104,7 +105,7 @@ class Measured:
             'label': rng.integers(0, CLASSES, batch).astype(np.int32),
             'weight': np.ones(batch, np.float32),
         }
-        images = steps.shard_batch(self.batch, self.mesh)
+        images = meshes.shard_batch(self.batch, self.mesh)
         self.cached_blocks = prefix.entry(self.method, backbone.model)
         rows = images
         if self.cached_blocks:

@@ -56,18 +56,22 @@ class Batches:
         """Batches that make one pass over the split, the last partial one included."""
         return -(-len(self.split) // self.batch_size)
 
-    def batch(self, t: int) -> dict[str, np.ndarray]:
+    def batch(self, t: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Batch number t; the same for the same (seed, t) however one came there, and safe to call from threads.
 
         Args:
           t: >= 0, counted over epochs.
+          rows: int [n], which of the batch's B examples to make; by default all. They come out as in the whole batch.
 
         Returns:
-          `image` uint8 [B, S, S, 3], `label` int32 [B], and `weight` float32 [B]: 1 for an example, 0 for padding.
+          `image` uint8 [B, S, S, 3], `label` int32 [B], and `weight` float32 [B]: 1 for an example, 0 for padding. Of
+          `rows`, n instead of B.
         """
         index, weight = self.examples(t)
+        rows = np.arange(self.batch_size) if rows is None else rows
+        index, weight = index[rows], weight[rows]
         # Positions count from 1: NumPy pads seeds with zeros, so (seed, t, 0) would be epoch t's shuffle.
-        images = self._views(index, [(int(t), position + 1) for position in range(self.batch_size)])
+        images = self._views(index, [(int(t), int(row) + 1) for row in rows])
         return {'image': images, 'label': self.split.labels[index].astype(np.int32), 'weight': weight}
 
     def examples(self, t: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import secrets
 import shutil
 import sys
 from collections.abc import Sequence
@@ -171,8 +172,8 @@ def _has_room(folder: pathlib.Path, size: int) -> bool:
 
 def _write(place: pathlib.Path, examples: Examples, preprocess: Preprocess, on_bad_image: str) -> None:
     """Writes into a folder of its own name and renames it: what is there under the final name is complete."""
-    draft = place.with_name(f'{place.name}.{os.getpid()}')
-    draft.mkdir(exist_ok=True)
+    draft = place.with_name(f'{place.name}.{secrets.token_hex(4)}')  # processes on several machines may write here
+    draft.mkdir()
     try:
         open_image, labels = _with_labels(examples)
         kept, shapes = [], []

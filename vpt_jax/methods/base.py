@@ -326,6 +326,7 @@ def features(model: Any, method: Method, params: PyTree, prompts: PyTree, images
     cut = 0 if entering is None else prefix.entry(method, model)
     if cut == model.depth:
         return entering, ctx
+    params = model.gathered(params)
     if method.changes('weights'):
         params = model.stored(method.weights(prompts, model.canonical(params)))
     if cut:

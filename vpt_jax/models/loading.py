@@ -22,16 +22,19 @@ from vpt_jax.models.families import FAMILIES, settings_of
 from vpt_jax.models.pixels import PIXELS
 
 
-def build(source: Source, ported: Ported, param_dtype: Any = jnp.float32, **settings: Any) -> tuple[nn.Module, dict]:
+def build(
+    source: Source, ported: Ported, param_dtype: Any = jnp.float32, on_host: bool = False, **settings: Any
+) -> tuple[nn.Module, dict]:
     """A network with the weights of a file in it.
 
-    Arrays are read, cast and put on the device one by one, so that little more than the weights themselves is ever in
-    memory.
+    Arrays are read, cast and, unless they are to stay `on_host`, put on the device one by one, so that little more than
+    the weights themselves is ever in memory.
 
     Args:
       source: the opened file (the part of it that `scheme.port` returned).
       ported: how it becomes a network.
       param_dtype: what to store the parameters in.
+      on_host: whether they are to be numpy arrays.
       **settings: settings of the network over what the file and its scheme say.
 
     Returns:
@@ -43,7 +46,7 @@ def build(source: Source, ported: Ported, param_dtype: Any = jnp.float32, **sett
     model = network(source, ported, **settings)
     # Cast by numpy: jax would compile a program for every shape.
     cast = ((name, np.asarray(array).astype(param_dtype, copy=False)) for name, array in arrays(source, ported, model))
-    flat = {name: jnp.asarray(array, param_dtype) for name, array in cast}
+    flat = {name: array if on_host else jnp.asarray(array) for name, array in cast}
     return model, parameters(model, flat)
 
 

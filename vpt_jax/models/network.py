@@ -4,8 +4,27 @@ from typing import Any, Self
 
 import flax.linen as nn
 import jax
+from jax.sharding import PartitionSpec
 
 from vpt_jax.errors import UsageError
+
+
+def whole(params: Any) -> Any:
+    """Weights that are split over devices, whole on each of them.
+
+    The mesh is that of `jax.sharding.use_abstract_mesh`; outside of it, weights are as they are.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+    return jax.lax.with_sharding_constraint(params, PartitionSpec())
+
+
+def all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: the backward pass makes gathered or reshaped weights again.
+
+    Kept for it, they would be another backbone on every device.
+    """
+    return primitive.name not in ('sharding_constraint', 'convert_element_type', 'reshape', 'squeeze', 'transpose')
 
 
 class Network:
@@ -81,6 +100,10 @@ class Network:
     def stored(self, params: dict) -> dict:
         """The inverse of `canonical`."""
         return params
+
+    def gathered(self, params: dict) -> dict:
+        """Stored parameters as a forward pass starts with them: `whole`, but for those that it gathers as it goes."""
+        return whole(params)
 
     def with_dropout(self, rate: float) -> Self:
         """The network with dropout inside, for full fine-tuning; the same network if it was published without."""

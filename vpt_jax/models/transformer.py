@@ -14,7 +14,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vpt_jax.models.network import all_but_weights, whole
 from vpt_jax.models.places import Context, Places
 from vpt_jax.models.relative import RelativeBias
 
@@ -257,10 +259,12 @@ class Encoder(nn.Module):
 
         def step(x, args):
             i, params = args
+            params = whole(params)
             rngs = {} if key is None else {'dropout': jax.random.fold_in(key, i)}
             block = Block(**settings, parent=None).bind({'params': params}, rngs=rngs)
             return method.layer(prompts, block, x, i, ctx), None
 
+        scanned = jax.checkpoint(step, prevent_cse=False, policy=all_but_weights)
         inside = [b for b in method.boundaries(self.depth) if 0 < b < self.depth]
         for start, stop in pairwise(sorted({0, self.depth, *inside})):
             ctx.start = start
@@ -268,7 +272,7 @@ class Encoder(nn.Module):
             if stop - start == 1:
                 x, _ = step(x, (start, jax.tree.map(lambda a: a[0], run)))
             else:
-                x, _ = jax.lax.scan(step, x, (jnp.arange(start, stop), run))
+                x, _ = jax.lax.scan(scanned, x, (jnp.arange(start, stop), run))
         return x
 
 
@@ -297,7 +301,10 @@ def stack_blocks(params: dict) -> dict:
     blocks = dict(params['Transformer'])
     count = sum(name.startswith('encoderblock_') for name in blocks)
     each = [blocks.pop(f'encoderblock_{i}') for i in range(count)]
-    blocks['encoderblock'] = jax.tree.map(lambda *a: jnp.stack(a), *each)
+    # Arrays of the host stay there: of a backbone that is to be split, no device can hold all.
+    blocks['encoderblock'] = jax.tree.map(
+        lambda *a: np.stack(a) if isinstance(a[0], np.ndarray) else jnp.stack(a), *each
+    )
     return {**params, 'Transformer': blocks}
 
 

@@ -16,7 +16,7 @@ from vpt_jax.checkpoints.schemes.bit import reduction
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.models import posemb
 from vpt_jax.models.bit import HybridStem
-from vpt_jax.models.network import Network
+from vpt_jax.models.network import Network, whole
 from vpt_jax.models.places import UNCHANGED, Context, Places
 from vpt_jax.models.transformer import ACTIVATIONS, Encoder, MAPHead, layer_norm, project, stack_blocks, unstack_blocks
 
@@ -208,6 +208,14 @@ class ViT(Network, nn.Module):
     def stored(self, params: dict) -> dict:
         """The inverse of `canonical`."""
         return stack_blocks(params) if self.scan else params
+
+    def gathered(self, params: dict) -> dict:
+        """Scanned blocks stay split: the scan gathers one at a time."""
+        if not self.scan:
+            return whole(params)
+        stacked = {'encoderblock': params['Transformer']['encoderblock']}
+        rest = whole({**params, 'Transformer': {k: v for k, v in params['Transformer'].items() if k not in stacked}})
+        return {**rest, 'Transformer': {**rest['Transformer'], **stacked}}
 
     def activation_shape(self, i: int) -> tuple[int, int]:
         """(T, D) of the tokens that enter block `i` or, for i = depth, the readout; no prompts inserted."""

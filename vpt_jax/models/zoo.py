@@ -61,6 +61,7 @@ class _Choice:
     pixels: Pixels | None
     scheme: str | None
     own_classifier: bool
+    on_host: bool
     settings: Mapping[str, Any]
 
 
@@ -128,6 +129,7 @@ def load_backbone(
     pixels: Pixels | None = None,
     scheme: str | None = None,
     own_classifier: bool = False,
+    on_host: bool = False,
     **settings: Any,
 ) -> Backbone:
     """Loads a frozen backbone; what is published is downloaded once, into $VPT_JAX_CACHE or ~/.cache/vpt_jax.
@@ -148,6 +150,7 @@ def load_backbone(
       pixels: the input's convention; None: the catalog's, else the naming scheme's.
       scheme: name of the naming scheme (`checkpoints.schemes`); None to recognise it.
       own_classifier: keep the classifier that the weights came with, behind the features, which then are its scores.
+      on_host: give the parameters as numpy arrays, for one who lays them on devices himself (`Recipe.shard_backbone`).
       **settings: any other setting of the network, over what the file, its scheme and the catalog say (`scan=True`,
         `pool='gap'`, `activation='gelu'`, `heads=12`, `pre_logits=768` to keep that layer).
 
@@ -160,7 +163,7 @@ def load_backbone(
     """
     name = os.fspath(name)
     choice = _Choice(name, image_size, _floating('param_dtype', param_dtype or jnp.float32), pixels, scheme,
-                     own_classifier, _checked(image_size, dtype, settings))  # fmt: skip
+                     own_classifier, on_host, _checked(image_size, dtype, settings))  # fmt: skip
     if name.startswith('random:'):
         return _random(choice)
     if name in catalog.rows():
@@ -247,7 +250,7 @@ def _from_file(
         values = {key: value for key, value in hints.items() if key in known}
         if choice.image_size is not None:
             values['image_size'] = _fitting(choice.image_size, ported.family, {**ported.settings, **values})
-        model, params = build(part, ported, choice.param_dtype, **values)
+        model, params = build(part, ported, choice.param_dtype, choice.on_host, **values)
     if row and row.how != catalog.PACKAGE:
         # Here and not beside the file: one of the hub may lie in that library's own cache.
         fetch.check(path, sha256.result(), row.known if row.how == catalog.DOWNLOAD else '', fetch.pin_of(row.path))
@@ -316,6 +319,7 @@ def _random(choice: _Choice) -> Backbone:
     params = _draw(drawn)
     params = _canonical(drawn, params) if drawn is not model and not model.scan else params
     params = jax.tree.map(lambda leaf: leaf.astype(choice.param_dtype), params)
+    params = jax.device_get(params) if choice.on_host else params
     changed = ','.join(f'{k}={v}' for k, v in sorted(choice.settings.items()) if k not in ('scan', 'dtype'))
     sha256 = f'random:{what}@{model.image_size}:seed{_SEED}' + (f':{changed}' if changed else '')
     return Backbone(choice.name, model, params, sha256, choice.pixels or pixels)

@@ -16,6 +16,7 @@ from vpt_jax.data.preprocess import normalise
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods import Stack, forward
 from vpt_jax.methods.condense import SCORES, condense, keep, prompts_of, rows_of
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import step as steps
 from vpt_jax.training.cost import forward_flops
 from vpt_jax.training.inference import Predictor, Trained, check_classes, load_trained
@@ -49,10 +50,10 @@ def importance(
     method, model = trained.method, trained.backbone.model
     name = prompts_of(method).name
     precision = Recipe(precision=precision).resolved_precision()
-    mesh = steps.data_mesh()
+    mesh = meshes.data_mesh()
     program = steps.Program(model, method, trained.preprocess, len(trained.class_names), precision=precision)
-    params = steps.cast_backbone(trained.backbone.params, precision, mesh)
-    prompts, state = steps.replicate((trained.file.prompts, trained.file.state), mesh)
+    params = meshes.cast_backbone(trained.backbone.params, precision, mesh)
+    prompts, state = meshes.replicate((trained.file.prompts, trained.file.state), mesh)
     model, inside, blocks = program.compute_model(), isinstance(method, Stack), _blocks(trained)
 
     def loss(own, params, prompts, state, images, labels, weight):
@@ -84,7 +85,7 @@ def importance(
     size = -(-batch_size // jax.device_count()) * jax.device_count()
     total, count = None, 0.0
     for batch in data.Batches(split, trained.preprocess, size, train=False).epoch():
-        found, weight = step(params, prompts, state, steps.shard_batch(batch, mesh))
+        found, weight = step(params, prompts, state, meshes.shard_batch(batch, mesh))
         total = found if total is None else jax.tree.map(jnp.add, total, found)
         count += weight
     return [np.asarray(s, np.float64) / float(count) for s in total]

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_dict
 from vpt_jax import data, methods
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.models.zoo import Backbone, load_backbone
-from vpt_jax.training import loop
+from vpt_jax.training import distributed, loop
 from vpt_jax.training.recipe import Recipe
 
 
@@ -100,7 +100,8 @@ def default(arg: str | None, digits: dict | None = None, head: str = 'linear', *
         'train': {'epochs': r.epochs, 'warmup_epochs': r.warmup_epochs, 'batch_size': r.batch_size,
                   'eval_batch_size': r.eval_batch_size, 'eval_every_epochs': r.eval_every_epochs,
                   'log_every_steps': r.log_every_steps, 'label_smoothing': r.label_smoothing, 'mixup': r.mixup,
-                  'precision': r.precision, 'cache_prefix': r.cache_prefix, 'linear_probe': True},
+                  'precision': r.precision, 'cache_prefix': r.cache_prefix, 'shard_backbone': r.shard_backbone,
+                  'linear_probe': True},
         'checkpoint': {'every_steps': r.checkpoint_every_steps, 'keep': r.keep_checkpoints},
         'sweep': {'grid': prompts if r.optimizer == 'sgd' else 'finetune', 'lr': (), 'weight_decay': (), 'axes': '',
                   'ties': 'smaller', 'fast_lr': 5.0},
@@ -136,7 +137,10 @@ def network(config: ConfigDict) -> Backbone:
     A config whose method asks for settings of the network has them in `model`.
     """
     own_classifier, settings = whole_method(config).needs_classifier, dict(config.get('model', {}))
-    return load_backbone(config.backbone, image_size=config.image_size, own_classifier=own_classifier, **settings)
+    return distributed.main_first(lambda: load_backbone(
+        config.backbone, image_size=config.image_size, own_classifier=own_classifier,
+        on_host=config.train.shard_backbone, **settings,
+    ))  # fmt: skip
 
 
 def build_preprocess(config: ConfigDict, backbone: Backbone) -> data.Preprocess:
@@ -176,10 +180,10 @@ def load_dataset(config: ConfigDict, preprocess: data.Preprocess) -> data.Datase
     given = config.data
     if given.train_on not in TRAIN_ON:
         raise unknown('train_on', given.train_on, TRAIN_ON)
-    return data.load(
+    return distributed.together(lambda: data.load(
         config.dataset, preprocess, seed=config.seed, on_bad_image=given.on_bad_image,
         on_empty_class=given.on_empty_class, data_dir=given.dir, source=given.source, memory_gb=given.memory_gb,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def run(config: ConfigDict, workdir: str | Path, backbone=None) -> tuple[loop.Result, data.Dataset, data.Preprocess]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from vpt_jax.data.preprocess import Preprocess
 from vpt_jax.methods import Method, forward
 from vpt_jax.training import step as steps
+from vpt_jax.training.mesh import data_mesh
 
 #: Any will do: the operations are the same.
 _PIXELS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -74,7 +75,7 @@ def train_cost(model, method: Method, num_classes: int, batch_size: int = 32) ->
         'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         'weight': jax.ShapeDtypeStruct((batch_size,), jnp.float32),
     }
-    compiled = steps.train_step(program, steps.data_mesh()).lower(params, state, batch).compile()
+    compiled = steps.train_step(program, data_mesh()).lower(params, state, batch).compile()
     flops, memory = compiled.cost_analysis()['flops'], compiled.memory_analysis().temp_size_in_bytes
     return TrainCost(flops / batch_size, memory / batch_size)
 

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from vpt_jax.data import Batches, Prefetch
-from vpt_jax.training.step import Program, PyTree, eval_step, observe_step, shard_batch
+from vpt_jax.training.mesh import feeder
+from vpt_jax.training.step import Program, PyTree, eval_step, observe_step
 
 
 def count(program: Program, mesh, params: PyTree, prompts: PyTree, state: PyTree, batches: Batches) -> dict:
@@ -42,7 +43,7 @@ def _total(of: Callable[[dict], PyTree], mesh, batches: Batches) -> PyTree:
     """The sum of `of` over all batches, numpy."""
     # Sums stay on the device: the host prepares the next batch while this one is computed.
     sums = None
-    with Prefetch(lambda t: shard_batch(batches.batch(t), mesh), range(batches.steps_per_epoch)) as ahead:
+    with Prefetch(feeder(batches, mesh), range(batches.steps_per_epoch)) as ahead:
         for batch in ahead:
             out = of(batch)
             sums = out if sums is None else jax.tree.map(lambda a, b: a + b, sums, out)

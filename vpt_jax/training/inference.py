@@ -14,6 +14,7 @@ from vpt_jax.checkpoints import prompt_file
 from vpt_jax.errors import UsageError
 from vpt_jax.methods import Method
 from vpt_jax.models.zoo import Backbone, is_named, load_backbone
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import step as steps
 from vpt_jax.training.evaluation import count, summary
 from vpt_jax.training.recipe import Recipe
@@ -120,9 +121,9 @@ class Predictor:
         self._program = steps.Program(
             trained.backbone.model, trained.method, trained.preprocess, len(trained.class_names), precision=precision
         )
-        self._mesh = steps.data_mesh()
-        self._params = steps.cast_backbone(trained.backbone.params, precision, self._mesh)
-        self._prompts = steps.replicate((trained.file.prompts, trained.file.state), self._mesh)
+        self._mesh = meshes.data_mesh()
+        self._params = meshes.cast_backbone(trained.backbone.params, precision, self._mesh)
+        self._prompts = meshes.replicate((trained.file.prompts, trained.file.state), self._mesh)
 
     def probabilities(self, images: Sequence[Any]) -> np.ndarray:
         """Class probabilities of images.
@@ -144,7 +145,7 @@ class Predictor:
         images = np.stack(images) if preprocess.fixed_size else images
         split = data.Split(images, np.zeros(len(images), np.int32), ('',) * len(images))
         step = steps.eval_step(self._program, self._mesh)
-        out = [step(self._params, self._prompts, steps.shard_batch(batch, self._mesh))['logits']
+        out = [step(self._params, self._prompts, meshes.shard_batch(batch, self._mesh))['logits']
                for batch in self._batches(split).epoch()]  # fmt: skip
         logits = np.concatenate([np.asarray(part) for part in out])[: len(images)]
         scores = np.exp(logits - logits.max(-1, keepdims=True))
@@ -162,7 +163,7 @@ class Predictor:
         """
         batches = self._batches(split)
         step = steps.eval_step(self._program, self._mesh)
-        jax.block_until_ready(step(self._params, self._prompts, steps.shard_batch(batches.batch(0), self._mesh)))
+        jax.block_until_ready(step(self._params, self._prompts, meshes.shard_batch(batches.batch(0), self._mesh)))
         began = time.perf_counter()
         sums = count(self._program, self._mesh, self._params, *self._prompts, batches)
         seconds = time.perf_counter() - began

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from vpt_jax import methods
+from vpt_jax import data, methods
 from vpt_jax.training import config as configs
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import step as steps
+from vpt_jax.training.loop import as_run
 from vpt_jax.training.probe import accuracies, features, shuffled, train_heads
 from vpt_jax.training.recipe import Recipe
 from vpt_jax.training.together import trials_together
@@ -48,18 +50,19 @@ def _train(run: TaskRun, trials: list[Trial], known: dict[str, np.ndarray]) -> I
     """Trials that differ in rate and weight decay only; `known` keeps features from one call to the next."""
     recipe = configs.recipe(run.config_of(trials[0]))
     dataset = run.dataset_of(trials[0])
+    backbone = as_run(recipe, run.backbone)
     program = steps.Program(
-        run.backbone.model, methods.Linear(), run.preprocess, dataset.num_classes,
-        precision=recipe.resolved_precision(),
+        backbone.model, methods.Linear(), run.preprocess, dataset.num_classes, precision=recipe.resolved_precision(),
+        shard_backbone=recipe.shard_backbone,
     )  # fmt: skip
     state = steps.init_state(
-        program, run.backbone.params, seed=trials[0].seed, learning_rate=0.0, weight_decay=0.0,
+        program, backbone.params, seed=trials[0].seed, learning_rate=0.0, weight_decay=0.0,
         warmup_epochs=recipe.warmup_epochs, epochs=recipe.epochs, steps_per_epoch=1,
     )  # fmt: skip
 
     def of(name: str) -> np.ndarray:
         if name not in known:
-            known[name] = _features(run, program, name, recipe)
+            known[name] = _features(backbone.params, program, getattr(run.dataset, name), recipe)
         return known[name]
 
     joined = trials[0].phase == 'final' and run.final_on_val
@@ -78,9 +81,9 @@ def _train(run: TaskRun, trials: list[Trial], known: dict[str, np.ndarray]) -> I
         yield Outcome(trial, float(accuracy[i]), size) if finite[i] else Outcome(trial, 0.0, None)
 
 
-def _features(run: TaskRun, program: steps.Program, name: str, recipe: Recipe) -> np.ndarray:
-    mesh = steps.data_mesh()
-    params = steps.cast_backbone(run.backbone.params, program.precision, mesh)
+def _features(params: dict, program: steps.Program, split: data.Split, recipe: Recipe) -> np.ndarray:
+    mesh = meshes.data_mesh()
+    params = meshes.cast_backbone(params, program.precision, mesh, recipe.shard_backbone)
     wanted = min(recipe.eval_batch_size or 64, 256)
     size = -(-wanted // jax.device_count()) * jax.device_count()
-    return features(program, mesh, params, getattr(run.dataset, name), size)
+    return features(program, mesh, params, split, size)

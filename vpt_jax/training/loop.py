@@ -15,7 +15,8 @@ from vpt_jax.checkpoints import prompt_file
 from vpt_jax.data.preprocess import normalise
 from vpt_jax.errors import UsageError
 from vpt_jax.models.zoo import Backbone, load_backbone
-from vpt_jax.training import evaluation, prefixed
+from vpt_jax.training import distributed, evaluation, prefixed
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import step as steps
 from vpt_jax.training.recipe import Recipe
 from vpt_jax.training.run_folder import Progress, RunFolder, crc32, write_result
@@ -48,7 +49,8 @@ class Result:
     def add(self, name: str, value: Any) -> None:
         """Adds an entry to `metrics` and to `result.json`."""
         self.metrics[name] = value
-        write_result(self.folder, self.metrics)
+        if distributed.is_main():
+            write_result(self.folder, self.metrics)
 
 
 def fit(
@@ -92,15 +94,21 @@ def fit(
     """
     recipe, method = recipe or Recipe(), methods.with_head(method, head)
     if isinstance(backbone, str):
-        backbone = load_backbone(backbone, own_classifier=method.needs_classifier)
+        name, own = backbone, method.needs_classifier
+        host = recipe.shard_backbone
+        backbone = distributed.main_first(lambda: load_backbone(name, own_classifier=own, on_host=host))
     method.check(backbone.model)
     preprocess = preprocess or default_preprocess(backbone, method=method)
     described = describe_run(method, dataset, backbone, preprocess, recipe)
     if start is not None:
         described['start'] = {'crc32': crc32((start.prompts, start.state))}
+    backbone = as_run(recipe, backbone)
+    check_batches(recipe)
     if isinstance(dataset, str):
-        dataset = data.load(dataset, preprocess, seed=recipe.seed, on_bad_image=on_bad_image,
-                            on_empty_class=on_empty_class)  # fmt: skip
+        task = dataset
+        dataset = distributed.together(lambda: data.load(
+            task, preprocess, seed=recipe.seed, on_bad_image=on_bad_image, on_empty_class=on_empty_class
+        ))  # fmt: skip
     batches = data.Batches(dataset.train, preprocess, recipe.batch_size, seed=recipe.seed)
     program = program_of(recipe, backbone.model, method, preprocess, dataset.num_classes)
     state = first_state(recipe, program, backbone.params, batches.steps_per_epoch)
@@ -118,8 +126,20 @@ def program_of(recipe: Recipe, model, method, preprocess, num_classes: int) -> s
     return steps.Program(
         model, method, preprocess, num_classes, recipe.optimizer, recipe.weight_decay > 0, recipe.momentum,
         recipe.bias_multiplier, recipe.per_step, recipe.label_smoothing, recipe.mixup, recipe.resolved_precision(),
-        recipe.schedule,
+        recipe.schedule, recipe.shard_backbone,
     )  # fmt: skip
+
+
+def check_batches(recipe: Recipe) -> None:
+    """Refuses batches that the devices do not divide, before anything of the run is on disk."""
+    mesh = meshes.data_mesh()
+    for field in ('batch_size', 'eval_batch_size'):
+        meshes.check_batch(getattr(recipe, field), mesh, f'--config.train.{field}')
+
+
+def as_run(recipe: Recipe, backbone: Backbone) -> Backbone:
+    """The backbone as a recipe runs it: a sharded one with scanned blocks if it can, so that one is whole at a time."""
+    return backbone.with_scan() if recipe.shard_backbone and hasattr(backbone.model, 'scan') else backbone
 
 
 def first_state(recipe: Recipe, program: steps.Program, params: PyTree, steps_per_epoch: int) -> steps.TrainState:
@@ -164,12 +184,14 @@ def default_preprocess(
 
 def describe_run(method, dataset, backbone, preprocess, recipe) -> dict:
     """A run's resolved configuration as plain data: what must agree for a folder to be resumed."""
+    how = dataclasses.asdict(recipe)
+    del how['shard_backbone']  # changes no result
     return {
         'method': methods.describe(method),
         'dataset': dataset if isinstance(dataset, str) else dataset.name,
         'backbone': backbone.describe(),
         'preprocess': preprocess.to_dict(),
-        'recipe': dataclasses.asdict(recipe),
+        'recipe': how,
     }
 
 
@@ -179,8 +201,8 @@ class Run:
     def __init__(self, recipe, backbone, dataset, preprocess, batches, program, folder):
         self.recipe, self.backbone, self.dataset, self.preprocess = recipe, backbone, dataset, preprocess
         self.batches, self.program, self.folder = batches, program, folder
-        self.mesh = steps.data_mesh()
-        self.params = steps.cast_backbone(backbone.params, program.precision, self.mesh)
+        self.mesh = meshes.data_mesh()
+        self.params = meshes.cast_backbone(backbone.params, program.precision, self.mesh, recipe.shard_backbone)
         self.total = recipe.epochs * batches.steps_per_epoch
         self.pending: list[tuple[int, dict]] = []
 
@@ -190,11 +212,12 @@ class Run:
 
     def train(self, state, drawn: bool = True):
         """Runs the remaining steps, of prompts that were just drawn or not; returns the last state and the timing."""
-        state = self.folder.restore(steps.replicate(state, self.mesh))
+        state = self.folder.restore(meshes.replicate(state, self.mesh))
         first = int(state.step)
         if drawn and not first and self.program.method.looks_at_images:
+            state = meshes.on_host(state)
             state = steps.look_at_images(self.program, state, self.backbone.params, _Views(self.batches))
-            state = steps.replicate(state, self.mesh)
+            state = meshes.replicate(distributed.from_main(state), self.mesh)
         self.folder.open_metrics(first)
         every = self.recipe.checkpoint_every_steps or self.batches.steps_per_epoch
         step = self.step()
@@ -217,12 +240,13 @@ class Run:
                     timing['first_step'] = time.perf_counter() - timing['began']
                     meter.restart()
                 done = t + 1
-                stop = request.number  # one that comes later than this is for the next step
+                logs, saves = (done % n == 0 for n in (self.recipe.log_every_steps, every))
+                stop = request.agreed(logs or saves)  # one that comes later than this is for the next step
                 last = done == self.total or stop
                 row = None
-                if last or done % self.recipe.log_every_steps == 0:
+                if last or logs:
                     row = self._log()
-                if last or done % every == 0:
+                if last or saves:
                     self._log()
                     self._save(done, state)
                 if self._validates_after(done):
@@ -236,7 +260,7 @@ class Run:
 
     def _batches(self, first: int) -> data.Prefetch:
         """The remaining batches, on the devices, made a few steps ahead."""
-        return data.Prefetch(lambda t: steps.shard_batch(self.batches.batch(t), self.mesh), range(first, self.total))
+        return data.Prefetch(meshes.feeder(self.batches, self.mesh), range(first, self.total))
 
     def _observed(self, t: int, state):
         """Before step t: the state after a look at all training images, if an epoch begins and the method wants one."""
@@ -246,8 +270,8 @@ class Run:
             return state
         batches = self._evaluation(self.dataset.train)
         sums = evaluation.observe(self.program, self.mesh, self.params, state.prompts, state.state, batches)
-        carried = method.conclude(epoch, state.state, sums)
-        return state.replace(state=steps.replicate(carried, self.mesh))
+        carried = method.conclude(epoch, meshes.on_host(state.state), sums)
+        return state.replace(state=meshes.replicate(carried, self.mesh))
 
     def finish(self, described: dict, state, timing: dict) -> Result:
         """Evaluates, writes `result.json` and the prompt file."""
@@ -278,6 +302,7 @@ class Run:
             'precision': self.program.precision,
             'device': jax.devices()[0].device_kind,
             'devices': jax.device_count(),
+            'processes': jax.process_count(),
             'jax': jax.__version__,
             'workdir': str(self.folder.path),
         }

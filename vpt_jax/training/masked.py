@@ -34,6 +34,7 @@ from vpt_jax.models.pixels import HALF, PIXELS
 from vpt_jax.models.vit import ViT
 from vpt_jax.training import config as configs
 from vpt_jax.training import loop
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import optimizer as optimizers
 from vpt_jax.training import schedule as schedules
 from vpt_jax.training import step as steps
@@ -51,7 +52,7 @@ class MaskedRun(loop.Run):
         super().__init__(*args)
         self.stage = stage
         # Nearest codes, and features to be rebuilt, want all their digits.
-        self.params = steps.cast_backbone(self.backbone.params, 'float32', self.mesh)
+        self.params = meshes.cast_backbone(self.backbone.params, 'float32', self.mesh)
 
     def step(self):
         """The compiled step: (frozen, state, batch) -> (state, metrics)."""
@@ -79,7 +80,7 @@ class MaskedRun(loop.Run):
         sums = None
         for t, batch in enumerate(batches.epoch()):
             numbered = state.replace(step=jnp.asarray(t, jnp.int32))  # decides which patches are hidden
-            out = score(self.params, numbered, steps.shard_batch(batch, self.mesh))
+            out = score(self.params, numbered, meshes.shard_batch(batch, self.mesh))
             sums = out if sums is None else jax.tree.map(jnp.add, sums, out)
         found = {name: float(value) / len(split) for name, value in jax.device_get(sums[0]).items()}
         if sums[1] is not None:
@@ -140,6 +141,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     recipe = configs.recipe(config)
     if config.stage not in STAGES:
         raise unknown('stage of masked pretraining', config.stage, STAGES)
+    if recipe.shard_backbone:
+        raise UsageError('masked pretraining trains all of the network: leave out --config.train.shard_backbone')
+    loop.check_batches(recipe)
     if recipe.label_smoothing or recipe.mixup:
         raise UsageError('masked pretraining has no labels: set --config.train.label_smoothing and mixup to 0')
     preprocess = configs.build_preprocess(config, zoo.Backbone(config.stage, _network(config), {}, '', HALF))

@@ -18,8 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vpt_jax.data import Batches, Split
 from vpt_jax.data.cache import free_memory
 from vpt_jax.methods import prefix
+from vpt_jax.training.mesh import feeder
 from vpt_jax.training.recipe import Recipe
-from vpt_jax.training.step import Program, PyTree, entering_step, shard_batch
+from vpt_jax.training.step import Program, PyTree, entering_step
 
 
 def applies(program: Program, recipe: Recipe) -> bool:
@@ -45,9 +46,10 @@ def rows(program: Program, mesh, params: PyTree, split: Split, batch_size: int, 
     """
     step = entering_step(program, mesh)
     batches = Batches(split, program.preprocess, batch_size, train=False)
+    batch = feeder(batches, mesh)
     found, done = None, 0
-    for batch in batches.epoch():
-        part = step(params, None, shard_batch(batch, mesh))
+    for t in range(batches.steps_per_epoch):
+        part = step(params, None, batch(t))
         if found is None:
             found = _room((len(split), *part.shape[1:]), part.dtype, mesh, folder)
         count = min(len(part), len(split) - done)
@@ -98,13 +100,20 @@ class PrefixedBatches:
         return self.batches.split
 
     @property
+    def batch_size(self) -> int:
+        """As of the images."""
+        return self.batches.batch_size
+
+    @property
     def steps_per_epoch(self) -> int:
         """As of the images."""
         return self.batches.steps_per_epoch
 
-    def batch(self, t: int) -> dict:
-        """Batch number t, of the same examples as the images' batch t."""
+    def batch(self, t: int, rows: np.ndarray | None = None) -> dict:
+        """Batch number t, or `rows` of it, of the same examples as the images' batch t."""
         index, weight = self.batches.examples(t)
+        if rows is not None:
+            index, weight = index[rows], weight[rows]
         on_device = isinstance(self.rows, jax.Array)
         entering = self._take(self.rows, index) if on_device else np.asarray(self.rows[index])
         return {'entering': entering, 'label': self.split.labels[index].astype(np.int32), 'weight': weight}

@@ -19,8 +19,9 @@ from vpt_jax.methods import Linear
 from vpt_jax.models.zoo import Backbone
 from vpt_jax.training import optimizer as optimizers
 from vpt_jax.training import schedule as schedules
+from vpt_jax.training.mesh import cast_backbone, data_mesh
 from vpt_jax.training.prefixed import rows
-from vpt_jax.training.step import Program, cast_backbone, data_mesh
+from vpt_jax.training.step import Program
 
 PyTree = Any
 
@@ -100,7 +101,8 @@ def _hits(heads: PyTree, x: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def linear_probe(backbone: Backbone, dataset: Dataset, preprocess: Preprocess, *, seed: int = 0, batch_size: int = 64,
-                 epochs: int = 100, warmup_epochs: int = 10, precision: str = 'float32') -> dict:  # fmt: skip
+                 epochs: int = 100, warmup_epochs: int = 10, precision: str = 'float32',
+                 shard_backbone: bool = False) -> dict:  # fmt: skip
     """Trains a linear head on frozen features and reports it on the test split.
 
     Args:
@@ -111,14 +113,17 @@ def linear_probe(backbone: Backbone, dataset: Dataset, preprocess: Preprocess, *
       batch_size: of the head's training and of the feature extraction.
       epochs, warmup_epochs: the schedule.
       precision: of the backbone.
+      shard_backbone: see `Recipe`.
 
     Returns:
       `test_accuracy` and `val_accuracy` in [0, 1] (None for an empty split), `base_lr`, `trained_parameters`.
     """
     mesh = data_mesh()
     model = backbone.model.clone(classes=0)  # features, whatever the run itself reads
-    program = Program(model, Linear(), preprocess, dataset.num_classes, precision=precision)
-    params = cast_backbone(backbone.params, precision, mesh)
+    program = Program(
+        model, Linear(), preprocess, dataset.num_classes, precision=precision, shard_backbone=shard_backbone
+    )
+    params = cast_backbone(backbone.params, precision, mesh, shard_backbone)
     size = max(batch_size // jax.device_count(), 1) * jax.device_count()
     sets = {name: getattr(dataset, name) for name in ('train', 'val', 'test')}
     found = {name: features(program, mesh, params, split, size) for name, split in sets.items() if len(split)}

@@ -23,6 +23,8 @@ class Recipe:
       optimizer: a name of `optimizer.NAMES`.
       base_lr: for a batch of 256; the rate used is base_lr / 256 * batch_size.
       weight_decay, momentum, bias_multiplier: see `optimizer.build`.
+      shard_backbone: split the frozen backbone over the devices instead of copying it to each, for one that is larger
+        than a device's memory. Changes no result, and need not be the same when a run is resumed.
       schedule: how the rate changes, a name of `schedule.NAMES`.
       per_step: change the rate of `'cosine'` every step instead of every epoch.
       label_smoothing, mixup: regularisation of pretraining; 0 for none, as in every prompt protocol.
@@ -60,6 +62,7 @@ class Recipe:
     seed: int = 0
     schedule: str = 'cosine'
     cache_prefix: bool = True
+    shard_backbone: bool = False
 
     def __post_init__(self):
         for field, value, low in (

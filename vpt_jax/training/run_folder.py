@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from vpt_jax.checkpoints import atomic
 from vpt_jax.errors import UsageError
+from vpt_jax.training import distributed
 
 PyTree = Any
 
@@ -94,10 +95,9 @@ class RunFolder:
 
     def __init__(self, path: str | Path, config: dict, state_bytes: int = 0, keep: int = 2):
         self.path = Path(path).expanduser().resolve()
-        self.main = jax.process_index() == 0
-        if self.main:
-            self._check_writable(state_bytes * (keep + 2) + 2**20)
-            check_same(self.path / 'config.json', config)
+        self.main = distributed.is_main()
+        distributed.together(lambda: self._open(config, state_bytes * (keep + 2) + 2**20) if self.main else None)
+        distributed.together(self._check_shared)
         self._keep = keep
         self._writer = None
 
@@ -111,6 +111,17 @@ class RunFolder:
         return ocp.CheckpointManager(
             self.path / 'checkpoints', options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
+
+    def _open(self, config: dict, needed: int) -> None:
+        self._check_writable(needed)
+        check_same(self.path / 'config.json', config)
+
+    def _check_shared(self) -> None:
+        if not (self.path / 'config.json').exists():
+            raise UsageError(
+                f'process {jax.process_index()} does not see what process 0 wrote to --workdir {self.path}: choose a '
+                'folder on a file system that all machines of the run share'
+            )
 
     def _check_writable(self, needed: int) -> None:
         try:
@@ -150,8 +161,9 @@ class RunFolder:
                 damaged[step] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 continue
             for bad, why in damaged.items():
-                print(f'warning: the checkpoint of step {bad} in {self.path} is damaged ({why}); going on from '
-                      f'step {step}', file=sys.stderr, flush=True)  # fmt: skip
+                if self.main:
+                    print(f'warning: the checkpoint of step {bad} in {self.path} is damaged ({why}); going on from '
+                          f'step {step}', file=sys.stderr, flush=True)  # fmt: skip
                 self._manager.delete(bad)
             return restored
         if damaged:
@@ -248,7 +260,7 @@ class Progress:
         self.total, self.start, self.images = total, start, images_per_step
         self.every, self.began = every_seconds, time.perf_counter()
         self.printed = self.began
-        shown = sys.stderr.isatty() and jax.process_index() == 0
+        shown = sys.stderr.isatty() and distributed.is_main()
         self.bar = tqdm(total=total, initial=start, unit='step', dynamic_ncols=True) if shown else None
 
     def update(self, step: int, row: dict[str, float] | None = None) -> None:
@@ -259,7 +271,7 @@ class Progress:
                 self.bar.set_postfix({k: f'{v:.4g}' for k, v in row.items()})
             return
         now = time.perf_counter()
-        if row and (now - self.printed > self.every or step == self.total) and jax.process_index() == 0:
+        if row and (now - self.printed > self.every or step == self.total) and distributed.is_main():
             self.printed = now
             rate = (step - self.start) / max(now - self.began, 1e-9)
             left = tqdm.format_interval((self.total - step) / rate)

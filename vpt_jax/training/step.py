@@ -4,8 +4,8 @@ Everything a run may vary without being another program is data: seed, learning 
 lengths. Only the prompt pytree is differentiated; the backbone is an argument that is never copied or updated.
 """
 
+import contextlib
 import dataclasses
-import math
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,16 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vpt_jax.data import augment
 from vpt_jax.data.preprocess import Preprocess, normalise
-from vpt_jax.errors import UsageError
 from vpt_jax.methods import Method, forward
 from vpt_jax.methods.base import features
 from vpt_jax.methods.prefix import entering
+from vpt_jax.models.network import all_but_weights
 from vpt_jax.training import optimizer as optimizers
 from vpt_jax.training import schedule as schedules
+from vpt_jax.training.mesh import batch_axes
 
 PyTree = Any
 
@@ -45,6 +46,7 @@ class Program:
       mixup: alpha of the Beta distribution, 0 for none.
       precision: 'float32' (highest matmul precision) or 'bfloat16' (backbone and activations).
       schedule: a name of `schedule.NAMES`.
+      shard_backbone: whether the weights are split over the devices (`mesh.cast_backbone`), to be gathered when used.
     """
 
     model: Any
@@ -60,6 +62,7 @@ class Program:
     mixup: float = 0.0
     precision: str = 'float32'
     schedule: str = 'cosine'
+    shard_backbone: bool = False
 
     def transformation(self):
         """The optax optimizer; its rates are those of the state (`optimizer.with_rates`)."""
@@ -153,64 +156,6 @@ def _strong(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), tree)
 
 
-def data_mesh() -> Mesh:
-    """All devices of all processes along one axis, `data`."""
-    return jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
-
-
-def trial_mesh(trials: int) -> Mesh:
-    """All devices along `trial` as far as they divide the number of trials, the rest along `data`."""
-    across = math.gcd(trials, jax.device_count())
-    shape = (across, jax.device_count() // across)
-    return jax.make_mesh(shape, ('trial', 'data'), axis_types=(AxisType.Auto, AxisType.Auto))
-
-
-def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a batch on the mesh, split over `data`; each process gives its own part of the batch.
-
-    What is on the devices already stays as it is.
-
-    Raises:
-      UsageError: if the devices do not divide the batch.
-    """
-    sharding = NamedSharding(mesh, PartitionSpec('data'))
-    size = len(batch['label']) * jax.process_count()
-    if size % mesh.shape['data']:
-        raise UsageError(f'a batch of {size} examples cannot be split over {mesh.shape["data"]} devices')
-    return {
-        name: array if isinstance(array, jax.Array) else jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
-
-
-def shard_trial_batch(batch: dict[str, np.ndarray], mesh: Mesh, shared: bool) -> dict[str, jax.Array]:
-    """`shard_batch` on a `trial_mesh`; arrays that are not shared by all trials have a leading axis of them.
-
-    Raises:
-      UsageError: if the devices that do not go to trials do not divide the batch.
-    """
-    size, across = batch['label'].shape[-1], mesh.shape['data']
-    if size % across:
-        raise UsageError(f'a batch of {size} examples cannot be split over {across} devices')
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(*_batch_axes(shared))))
-
-
-def along_trials(states: PyTree, mesh: Mesh) -> PyTree:
-    """Puts the stacked states of several trials on a `trial_mesh`."""
-    return jax.device_put(states, NamedSharding(mesh, PartitionSpec('trial')))
-
-
-def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Puts a tree on every device of the mesh. A step whose first input lay elsewhere would be compiled twice."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def cast_backbone(params: PyTree, precision: str, mesh: Mesh) -> PyTree:
-    """Backbone weights on the mesh, in the type they are computed in, so that no step converts them."""
-    dtype = jnp.bfloat16 if precision == 'bfloat16' else jnp.float32
-    return replicate(jax.tree.map(lambda a: jnp.asarray(a, dtype), params), mesh)
-
-
 @lru_cache(maxsize=16)
 def train_step(program: Program, mesh: Mesh):
     """Compiles the train step of a program (once per program and mesh).
@@ -237,18 +182,14 @@ def trials_step(program: Program, mesh: Mesh, shared: bool):
       `states` and `metrics`, and on those of `batch` unless it is shared.
     """
     step = jax.vmap(_train(program), in_axes=(None, 0, None if shared else 0))
-    return _compile(step, program, mesh, donate=(1,), state=('trial',), batch=_batch_axes(shared))
+    return _compile(step, program, mesh, donate=(1,), state=('trial',), batch=batch_axes(shared))
 
 
 @lru_cache(maxsize=16)
 def trials_eval_step(program: Program, mesh: Mesh):
     """Compiles `eval_step` for several trials on one batch; every result has a leading axis K."""
     step = jax.vmap(_evaluate(program), in_axes=(None, 0, None))
-    return _compile(step, program, mesh, state=('trial',), batch=_batch_axes(True))
-
-
-def _batch_axes(shared: bool) -> tuple[str, ...]:
-    return ('data',) if shared else ('trial', 'data')
+    return _compile(step, program, mesh, state=('trial',), batch=batch_axes(True))
 
 
 def _train(program: Program):
@@ -261,10 +202,15 @@ def _train(program: Program):
         images, targets = _prepare(program, batch, key)
         weight = batch['weight'] / batch['weight'].sum()
 
+        def logits_fn(prompts, params):
+            return forward(model, method, params, prompts, images, state=state.state, train=True, key=key,
+                           weight=batch['weight'], pixels=program.pixels, entering=batch.get('entering'))  # fmt: skip
+
+        if program.shard_backbone and not getattr(model, 'scan', False):  # a scan sees to it itself
+            logits_fn = jax.checkpoint(logits_fn, policy=all_but_weights)
+
         def loss_fn(prompts):
-            logits, carried = forward(model, method, params, prompts, images, state=state.state, train=True, key=key,
-                                      weight=batch['weight'], pixels=program.pixels,
-                                      entering=batch.get('entering'))  # fmt: skip
+            logits, carried = logits_fn(prompts, params)
             logits = logits.astype(jnp.float32)
             return weight @ optax.softmax_cross_entropy(logits, targets), (logits, carried)
 
@@ -330,7 +276,7 @@ def entering_step(program: Program, mesh: Mesh):
 
     def step(params, _, batch):
         images = normalise(batch['image'], program.preprocess.mean, program.preprocess.std)
-        return entering(model, program.method, params, images)
+        return entering(model, program.method, model.gathered(params), images)
 
     return _compile(step, program, mesh)
 
@@ -343,10 +289,13 @@ def _compile(step, program: Program, mesh: Mesh, donate: tuple[int, ...] = (), s
     precision = 'highest' if program.precision == 'float32' else 'default'
 
     def traced(*args):
-        with jax.default_matmul_precision(precision):
+        # Inside of `use_abstract_mesh`, networks gather their weights.
+        sharded = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+        with jax.default_matmul_precision(precision), sharded if program.shard_backbone else contextlib.nullcontext():
             return step(*args)
 
-    return jax.jit(traced, donate_argnums=donate, in_shardings=(replicated, along, split), out_shardings=along)
+    weights = None if program.shard_backbone else replicated  # None: as they are
+    return jax.jit(traced, donate_argnums=donate, in_shardings=(weights, along, split), out_shardings=along)
 
 
 def _prepare(program: Program, batch: dict, key: jax.Array) -> tuple[jax.Array | None, jax.Array]:

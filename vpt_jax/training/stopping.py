@@ -3,6 +3,8 @@
 import signal
 from pathlib import Path
 
+from vpt_jax.training import distributed
+
 
 class StoppedError(RuntimeError):
     """A signal ended the run after its state was saved. `signal` is its number."""
@@ -32,12 +34,23 @@ class StopRequest:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one that was not set from Python, such as XLA's
 
     def _note(self, number: int, frame: object) -> None:
         if self.number:
             raise KeyboardInterrupt
         self.number = number
+
+    def agreed(self, ask: bool) -> int:
+        """The signal to stop for, 0 if none came.
+
+        Several processes must stop at the same step: they exchange what they got, at those steps where `ask` is true.
+        """
+        if distributed.several():
+            if not ask:
+                return 0
+            self.number = distributed.largest(self.number)
+        return self.number
 
     def error(self, done: int, total: int, folder: Path) -> StoppedError:
         """The error to raise once step `done` of `total` is saved in `folder`."""

@@ -134,14 +134,7 @@ def sweep(
       StoppedError: SIGTERM or SIGINT came; everything was saved.
     """
     workdir = Path(workdir).expanduser().resolve()
-    if len(set(map(label, tasks))) < len(tasks):
-        raise UsageError(
-            f'two of these tasks have the same name: {", ".join(map(label, tasks))}; rename a file or folder'
-        )
-    for name in tasks:
-        require(name, config.data.dir, config.data.source)
-    space = search_space(config)
-    changed(config, dict(space[0]))  # a field that the config lacks is noticed now, not after loading everything
+    space = check(config, tasks)
     backbone = backbone or configs.network(config)
     check_same(workdir / 'sweep.json', _described(config, backbone, final_on_val))
     results = []
@@ -151,18 +144,43 @@ def sweep(
         dataset = configs.load_dataset(task_config, preprocess)
         if not len(dataset.val):
             raise UsageError(f'{name} has no val split to choose settings on')
-        run = TaskRun(task_config, backbone, dataset, preprocess, workdir / label(name).replace(':', '_'), final_on_val)
+        run = TaskRun(task_config, backbone, dataset, preprocess, result_file(workdir, name).parent, final_on_val)
         chosen, searched = _search(run, space, fast, execute, say)
         final = [Trial('final', chosen.trial.changes, seed) for seed in seeds]
         outcomes = _outcomes(run, final, execute, say)
-        results.append(_result(run, group, chosen, searched, [outcomes[trial] for trial in final]))
+        result = _result(run, group, chosen, searched, [outcomes[trial] for trial in final])
+        with atomic.replacing(result_file(workdir, name)) as file:
+            file.write((json.dumps(result, indent=2) + '\n').encode())
+        results.append(result)
         report(results)
     return results
 
 
+def check(config: ConfigDict, tasks: Mapping[str, str]) -> list[Changes]:
+    """The settings to search, of a sweep whose mistakes are noticed now and not after loading everything.
+
+    Raises:
+      UsageError: tasks that are not there or have one name, a grid that cannot be read, a field that the config lacks.
+    """
+    if len(set(map(label, tasks))) < len(tasks):
+        raise UsageError(
+            f'two of these tasks have the same name: {", ".join(map(label, tasks))}; rename a file or folder'
+        )
+    for name in tasks:
+        require(name, config.data.dir, config.data.source)
+    space = search_space(config)
+    changed(config, dict(space[0]))
+    return space
+
+
+def result_file(workdir: Path, task: str) -> Path:
+    """Where a sweep leaves what it returns of a task, in the task's folder."""
+    return workdir / label(task).replace(':', '_') / 'result.json'
+
+
 def _described(config: ConfigDict, backbone: Backbone, final_on_val: bool) -> dict:
     """What must agree for a sweep to be gone on with: not the tasks, nor where the data are."""
-    left_out = ('dataset', 'benchmark', 'data.dir', 'data.memory_gb', 'sweep.fast_lr')
+    left_out = ('dataset', 'benchmark', 'data.dir', 'data.memory_gb', 'sweep.fast_lr', 'train.shard_backbone')
     fields = {k: v for k, v in flatten(config.to_dict()).items() if k not in left_out}
     return {'config': fields, 'backbone': backbone.describe(), 'final_on_val': final_on_val}
 

@@ -19,6 +19,7 @@ from vpt_jax import data
 from vpt_jax.methods import Method
 from vpt_jax.training import config as configs
 from vpt_jax.training import loop, prefixed
+from vpt_jax.training import mesh as meshes
 from vpt_jax.training import step as steps
 from vpt_jax.training.recipe import Recipe
 from vpt_jax.training.run_folder import Progress, RunFolder
@@ -79,9 +80,10 @@ class _Together:
         self.dataset = run.dataset_of(trials[0])
         method = configs.whole_method(run.config_of(trials[0]))
         method.check(run.backbone.model)
-        self.program = loop.program_of(recipe, run.backbone.model, method, run.preprocess, self.dataset.num_classes)
-        self.mesh = steps.trial_mesh(len(trials))
-        self.params = steps.cast_backbone(run.backbone.params, self.program.precision, self.mesh)
+        backbone = self.backbone = loop.as_run(recipe, run.backbone)
+        self.program = loop.program_of(recipe, backbone.model, method, run.preprocess, self.dataset.num_classes)
+        self.mesh = meshes.trial_mesh(len(trials))
+        self.params = meshes.cast_backbone(backbone.params, self.program.precision, self.mesh, recipe.shard_backbone)
         seeds = list(dict.fromkeys(r.seed for r in self.recipes))
         self.shared = len(seeds) == 1
         self.batches = {
@@ -110,7 +112,7 @@ class _Together:
             yield Outcome(trial, float(value), count) if good else Outcome(trial, 0.0, None)
 
     def _states(self) -> steps.TrainState:
-        each = [loop.first_state(r, self.program, self.run.backbone.params, self.per_epoch) for r in self.recipes]
+        each = [loop.first_state(r, self.program, self.backbone.params, self.per_epoch) for r in self.recipes]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
     def _batch(self, t: int) -> dict:
@@ -121,12 +123,12 @@ class _Together:
 
     def _train(self, folder: RunFolder, states: steps.TrainState) -> tuple[steps.TrainState, np.ndarray]:
         step = steps.trials_step(self.program, self.mesh, self.shared)
-        states = folder.restore(steps.along_trials(states, self.mesh))
+        states = folder.restore(meshes.along_trials(states, self.mesh))
         first = int(states.step[0])
         progress = Progress(self.total, first, self.recipe.batch_size * len(self.trials))
         saved = time.perf_counter()
         batches = data.Prefetch(
-            lambda t: steps.shard_trial_batch(self._batch(t), self.mesh, self.shared), range(first, self.total)
+            lambda t: meshes.shard_trial_batch(self._batch(t), self.mesh, self.shared), range(first, self.total)
         )
         with StopRequest() as request, contextlib.closing(progress), batches:
             for t in range(first, self.total):
@@ -152,7 +154,7 @@ class _Together:
         step = steps.trials_eval_step(self.program, self.mesh)
         sums = None
         for batch in data.Batches(split, self.run.preprocess, size, train=False).epoch():
-            batch = steps.shard_trial_batch(batch, self.mesh, True)
+            batch = meshes.shard_trial_batch(batch, self.mesh, True)
             out = step(self.params, (states.prompts, states.state), batch)
             out = (out['correct'].sum(-1), out['count'].sum(-1))
             sums = out if sums is None else jax.tree.map(jnp.add, sums, out)
