@@ -41,8 +41,8 @@ _PAIR = {'method.vpt.num_tokens': 5}
 _PROMPTS, _SMALLER, _WEIGHTS = (2.0, 0.5, 0.125), (0.5, 0.125, 0.03), (0.06, 0.015, 0.004)
 #: What is compared: rates (for a batch of 256), and settings that fit a network of 16 patches. Of each a config.
 RECIPES: dict[str, tuple[tuple[float, ...], dict]] = {
-    'linear': (_SMALLER, {}),
-    'mlp': (_SMALLER, {}),
+    'linear': ((8.0, 2.0, 0.5), {}),
+    'mlp': ((2.0, 0.5, 0.125), {}),
     'vpt_shallow': (_PROMPTS, _FIVE),
     'vpt_deep': (_PROMPTS, _FIVE),
     'vapt': (_SMALLER, _FIVE),

@@ -174,6 +174,12 @@ def _keep_freed_memory() -> None:
             mallopt(setting, value)
 
 
+def give_back_freed_memory() -> None:
+    """Undoes that for the moment, before something else than JAX wants as much."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _flag_error(error: Exception, argv: list[str]) -> str:
     """One sentence for what absl and ml_collections raise while they read the command line."""
     if isinstance(error, flags.UnrecognizedFlagError):

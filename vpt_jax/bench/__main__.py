@@ -86,6 +86,8 @@ def _row(backbone, method, batch, precision, peak, against, torch_compile, repea
         for round_ in range(repeats):
             for call, held in zip(calls, seconds, strict=True):
                 held += measure.timed(call, batch, warmup if round_ == 0 else 1, 1).seconds
+                if against:
+                    cli.give_back_freed_memory()  # there may not be enough for the temporaries of both
         timings = [measure.Timing(tuple(held), batch) for held in seconds]
         row[f'{kind}_images_per_second'] = timings[0].images_per_second
         row[f'{kind}_spread'] = timings[0].spread
