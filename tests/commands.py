@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
+#: Programs of tests run once or twice: compiling them is what takes the time.
+QUICK_FLAGS = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
 
 def environment(cache: Path) -> dict[str, str]:

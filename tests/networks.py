@@ -9,8 +9,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 # Programs in tests run once or twice: compiling them is what takes the time.
 _OPTIONS = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-# The same for all programs of a process.
-QUICK_FLAGS = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
 
 def _quick():

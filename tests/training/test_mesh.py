@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import vpt_jax as vj
-from tests.commands import environment
-from tests.networks import QUICK_FLAGS
+from tests.commands import QUICK_FLAGS, environment
 from tests.training import test_together as together_tests
 from tests.training.conftest import METHOD, arrays
 from vpt_jax import data

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.commands import ROOT, environment, write_task
-from tests.networks import QUICK_FLAGS
+from tests.commands import QUICK_FLAGS, ROOT, environment, write_task
 from vpt_jax import data
 
 # 3 steps an epoch, the last one with padding; dropout is on.

@@ -303,7 +303,7 @@ def stack_blocks(params: dict) -> dict:
     each = [blocks.pop(f'encoderblock_{i}') for i in range(count)]
     # Arrays of the host stay there: of a backbone that is to be split, no device can hold all.
     blocks['encoderblock'] = jax.tree.map(
-        lambda *a: np.stack(a) if isinstance(a[0], np.ndarray) else jnp.stack(a), *each
+        lambda *a: (np if all(isinstance(leaf, np.ndarray) for leaf in a) else jnp).stack(a), *each
     )
     return {**params, 'Transformer': blocks}
 
