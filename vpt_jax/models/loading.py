@@ -44,9 +44,9 @@ def build(
       UsageError: settings or names or shapes that do not fit.
     """
     model = network(source, ported, **settings)
-    # Cast by numpy: jax would compile a program for every shape.
+    # Cast by numpy and put as it is: jax would compile a program for every shape, `jnp.asarray` too.
     cast = ((name, np.asarray(array).astype(param_dtype, copy=False)) for name, array in arrays(source, ported, model))
-    flat = {name: array if on_host else jnp.asarray(array) for name, array in cast}
+    flat = {name: array if on_host else jax.device_put(array) for name, array in cast}
     return model, parameters(model, flat)
 
 
