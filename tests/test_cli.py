@@ -1,7 +1,10 @@
 """The command-line programs: train, evaluate, predict, and what they answer to mistakes."""
 
 import json
+import platform
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -210,3 +213,28 @@ def test_train_answers_a_mistake_with_one_sentence(command, task, tmp_path, argu
 )  # fmt: skip
 def test_a_bad_or_missing_flag_is_answered_with_one_sentence(command, program, arguments, parts):
     refused(command(program, *arguments), *parts)
+
+
+KEPT = """
+import resource, threading
+import numpy as np
+from vpt_jax import cli
+
+cli._keep_freed_memory()
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**22)  # 32 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+thread = threading.Thread(target=lambda: print(faults(), faults()))
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='asks glibc')
+def test_freed_memory_is_kept_for_the_next_step():
+    done = subprocess.run([sys.executable, '-c', KEPT], capture_output=True, text=True, check=True)
+    first, second = map(int, done.stdout.split())
+    assert second < 5 <= first
