@@ -92,6 +92,8 @@ def test_a_run_ends_with_the_same_prompts(tmp_path, deeper, npz, method):
         for cached in (True, False)
     ]  # fmt: skip
     chex.assert_trees_all_close(results[0].prompts, results[1].prompts, atol=1e-5, rtol=1e-4)
+    assert results[0].metrics['cached_blocks'] == prefix.entry(method, deeper.model) > 0
+    assert results[1].metrics['cached_blocks'] == 0
     assert results[0].metrics['test_accuracy'] == pytest.approx(results[1].metrics['test_accuracy'], abs=0.05)
 
 

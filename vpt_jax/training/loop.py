@@ -14,6 +14,7 @@ from vpt_jax import data, methods
 from vpt_jax.checkpoints import prompt_file
 from vpt_jax.data.preprocess import normalise
 from vpt_jax.errors import UsageError
+from vpt_jax.methods import prefix
 from vpt_jax.models.zoo import Backbone, load_backbone
 from vpt_jax.training import distributed, evaluation, prefixed
 from vpt_jax.training import mesh as meshes
@@ -205,6 +206,7 @@ class Run:
         self.params = meshes.cast_backbone(backbone.params, program.precision, self.mesh, recipe.shard_backbone)
         self.total = recipe.epochs * batches.steps_per_epoch
         self.pending: list[tuple[int, dict]] = []
+        self.cached_blocks = 0
 
     def step(self):
         """The compiled train step."""
@@ -226,6 +228,7 @@ class Run:
             rows = prefixed.rows(self.program, self.mesh, self.params, self.dataset.train, self._eval_size,
                                  self.folder.path)  # fmt: skip
             self.batches = prefixed.PrefixedBatches(self.batches, rows, self.mesh)
+            self.cached_blocks = prefix.entry(self.program.method, self.program.model)
         timing = {'began': time.perf_counter(), 'first_step': 0.0, 'steps': self.total - first}
         meter = data.WaitMeter()
         with StopRequest() as request, contextlib.closing(progress), self._batches(first) as batches:
@@ -300,6 +303,7 @@ class Run:
             'augment': self.preprocess.augment,
             'normalisation': {'mean': self.preprocess.mean, 'std': self.preprocess.std},
             'precision': self.program.precision,
+            'cached_blocks': self.cached_blocks,
             'device': jax.devices()[0].device_kind,
             'devices': jax.device_count(),
             'processes': jax.process_count(),

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from vpt_jax.data import Batches, Split
 from vpt_jax.data.cache import free_memory
@@ -48,7 +49,7 @@ def rows(program: Program, mesh, params: PyTree, split: Split, batch_size: int, 
     batches = Batches(split, program.preprocess, batch_size, train=False)
     batch = feeder(batches, mesh)
     found, done = None, 0
-    for t in range(batches.steps_per_epoch):
+    for t in tqdm(range(batches.steps_per_epoch), 'frozen blocks, once', leave=False, delay=2, disable=None):
         part = step(params, None, batch(t))
         if found is None:
             found = _room((len(split), *part.shape[1:]), part.dtype, mesh, folder)
