@@ -1,6 +1,7 @@
 """Training from what the frozen blocks made of the images, once, is training on the images."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -11,6 +12,7 @@ import vpt_jax as vj
 from tests.methods.conftest import Tiny
 from tests.networks import QUICK, drawn
 from tests.training.conftest import RECIPE
+from vpt_jax.errors import UsageError
 from vpt_jax.methods import AP, CVPT, VPT, Linear, MLPHead, NormTune, Partial, Stack, forward, prefix
 from vpt_jax.models.resnet import ResNet
 from vpt_jax.models.vit import ViT
@@ -121,3 +123,6 @@ def test_what_memory_cannot_hold_goes_to_a_file(tmp_path, deeper, npz, monkeypat
     assert isinstance(on_disk, np.memmap) and not isinstance(held, np.memmap)
     np.testing.assert_array_equal(held, on_disk)
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(prefixed.shutil, 'disk_usage', lambda place: SimpleNamespace(free=0))
+    with pytest.raises(UsageError, match='has room for it: give --config'):
+        prefixed.rows(program, mesh, params, split, 16, tmp_path)

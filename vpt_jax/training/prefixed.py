@@ -6,6 +6,7 @@ when the run ends. The numbers are those of training on the images, up to the ro
 """
 
 import math
+import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from vpt_jax.data import Batches, Split
 from vpt_jax.data.cache import free_memory
+from vpt_jax.errors import UsageError
 from vpt_jax.methods import prefix
 from vpt_jax.training.mesh import feeder
 from vpt_jax.training.recipe import Recipe
@@ -44,6 +46,9 @@ def rows(program: Program, mesh, params: PyTree, split: Split, batch_size: int, 
 
     Returns:
       [N, ...], in the type that the network computes in: a `jax.Array` if it is on the device, else a numpy array.
+
+    Raises:
+      UsageError: there is room for it neither in memory nor on the disk.
     """
     step = entering_step(program, mesh)
     batches = Batches(split, program.preprocess, batch_size, train=False)
@@ -66,12 +71,18 @@ def _room(shape: tuple[int, ...], dtype, mesh, folder: Path | None):
     """An array to be filled, where there is room for it."""
     size = math.prod(shape) * dtype.itemsize
     device = mesh.devices.flat[0]
-    if device.platform != 'cpu':
+    if device.platform != 'cpu' and jax.process_count() == 1:
         memory = device.memory_stats() or {}
         if size < (memory.get('bytes_limit', 0) - memory.get('bytes_in_use', 0)) / 2:
             return jax.device_put(jnp.zeros(shape, dtype), NamedSharding(mesh, PartitionSpec()))
     if size < free_memory() / 4:
         return np.empty(shape, dtype)
+    place = folder or tempfile.gettempdir()
+    if shutil.disk_usage(place).free < 1.2 * size:  # a mapped file on a full disk would end the process
+        raise UsageError(
+            f'what the frozen blocks make of the training images takes {size / 1e9:.1f} GB, and neither the memory nor '
+            f'the disk of {place} has room for it: give --config.train.cache_prefix=False, or another --workdir'
+        )
     with tempfile.TemporaryFile(dir=folder) as file:  # gone from the folder at once, from the disk with the array
         return np.memmap(file, dtype, 'w+', shape=shape)
 
