@@ -30,7 +30,7 @@ from vpt_jax.training.sweep import sweep
 from vpt_jax.training.sweep_table import write_tables
 from vpt_jax.training.trials import changed
 
-#: One protocol for all: AdamW, as many epochs, three rates a method, chosen on val. What it costs is what two CPU cores
+#: One protocol for all: AdamW, as many epochs, four rates a method, chosen on val. What it costs is what two CPU cores
 #: get through in an hour or two; the published lengths are ten times longer.
 PROTOCOL = {
     'optim.name': 'adamw', 'optim.schedule': 'cosine', 'optim.per_step': True, 'train.epochs': 10,
@@ -38,28 +38,28 @@ PROTOCOL = {
 }  # fmt: skip
 _FIVE = {'method.num_tokens': 5}
 _PAIR = {'method.vpt.num_tokens': 5}
-_PROMPTS, _SMALLER, _WEIGHTS = (2.0, 0.5, 0.125), (0.5, 0.125, 0.03), (0.06, 0.015, 0.004)
+_LARGE, _MIDDLE, _SMALL = (8.0, 2.0, 0.5, 0.125), (2.0, 0.5, 0.125, 0.03), (0.25, 0.06, 0.015, 0.004)
 #: What is compared: rates (for a batch of 256), and settings that fit a network of 16 patches. Of each a config.
 RECIPES: dict[str, tuple[tuple[float, ...], dict]] = {
-    'linear': ((8.0, 2.0, 0.5), {}),
-    'mlp': ((2.0, 0.5, 0.125), {}),
-    'vpt_shallow': (_PROMPTS, _FIVE),
-    'vpt_deep': (_PROMPTS, _FIVE),
-    'vapt': (_SMALLER, _FIVE),
-    'spt': (_PROMPTS, _FIVE),
-    'cvpt': (_PROMPTS, _FIVE),
-    'pgn': (_SMALLER, _FIVE),
-    'iip': (_PROMPTS, _FIVE),
-    'vp': ((8.0, 2.0, 0.5), {'method.size': 8}),
-    'ap': (_PROMPTS, {}),
-    'norm': (_SMALLER, {}),
-    'lora': (_SMALLER, {}),
-    'bias': (_SMALLER, {}),
-    'adapter': (_SMALLER, {}),
-    'partial': (_WEIGHTS, {}),
-    'full': (_WEIGHTS, {}),
-    'prompt_bias': (_SMALLER, _PAIR),
-    'cls_prompt': (_PROMPTS, _PAIR),
+    'linear': (_LARGE, {}),
+    'mlp': (_MIDDLE, {}),
+    'vpt_shallow': (_LARGE, _FIVE),
+    'vpt_deep': (_LARGE, _FIVE),
+    'vapt': (_MIDDLE, _FIVE),
+    'spt': (_LARGE, _FIVE),
+    'cvpt': (_LARGE, _FIVE),
+    'pgn': (_MIDDLE, _FIVE),
+    'iip': (_LARGE, _FIVE),
+    'vp': (_LARGE, {'method.size': 8}),
+    'ap': (_LARGE, {}),
+    'norm': (_MIDDLE, {}),
+    'lora': (_MIDDLE, {}),
+    'bias': (_MIDDLE, {}),
+    'adapter': (_MIDDLE, {}),
+    'partial': (_SMALL, {}),
+    'full': (_SMALL, {}),
+    'prompt_bias': (_MIDDLE, _PAIR),
+    'cls_prompt': (_LARGE, _PAIR),
 }
 #: Not a method but the yardstick with all it can get: the published protocol, 40 settings and 100 epochs of SGD.
 PUBLISHED_LINEAR = 'linear_published'
