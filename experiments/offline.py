@@ -9,9 +9,11 @@ It can be stopped and given again at any point, and several processes may share 
 methods. Tables are written as markdown, csv and json for each method, and one for all of them.
 """
 
+import functools
 import importlib
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +28,13 @@ from vpt_jax.checkpoints import atomic
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.models.zoo import load_backbone
 from vpt_jax.sweep import read_seeds
+from vpt_jax.training.condense import tune
+from vpt_jax.training.inference import load_trained
+from vpt_jax.training.linear_trials import linear_trials
+from vpt_jax.training.loop import DivergedError
 from vpt_jax.training.sweep import sweep
 from vpt_jax.training.sweep_table import write_tables
-from vpt_jax.training.trials import changed
+from vpt_jax.training.trials import Outcome, TaskRun, Trial, changed, run_trials
 
 #: One protocol for all: AdamW, as many epochs, four rates a method, chosen on val. What it costs is what two CPU cores
 #: get through in an hour or two; the published lengths are ten times longer.
@@ -63,7 +69,9 @@ RECIPES: dict[str, tuple[tuple[float, ...], dict]] = {
 }
 #: Not a method but the yardstick with all it can get: the published protocol, 40 settings and 100 epochs of SGD.
 PUBLISHED_LINEAR = 'linear_published'
-METHODS = (*RECIPES, PUBLISHED_LINEAR)
+#: VPT-deep of which a share stays, tuned for as many epochs again at the same rate (the accuracy of that counts).
+CONDENSED = {'condensed_30': 0.3}
+METHODS = (*RECIPES, *CONDENSED, PUBLISHED_LINEAR)
 _GROUP = 'local sets'
 
 
@@ -126,14 +134,34 @@ def config_of(method: str, backbone: str, epochs: int | None = None) -> ConfigDi
     if method not in METHODS:
         raise unknown('method', method, METHODS)
     published = method == PUBLISHED_LINEAR
-    module = importlib.import_module('configs.linear' if published else f'configs.{method}')
+    kind = 'linear' if published else 'vpt_deep' if method in CONDENSED else method
+    module = importlib.import_module(f'configs.{kind}')
     # Any set but `digits` will do here: the short recipe of that one is not the protocol.
     config = changed(module.get_config(f'dataset=npz:none,backbone={backbone}'), {'train.eval_batch_size': 64})
     if published:
         return config
-    rates, settings = RECIPES[method]
+    rates, settings = RECIPES[kind]
     lengths = {} if epochs is None else {'train.epochs': epochs}
     return changed(config, {**PROTOCOL, 'sweep.lr': rates, **settings, **lengths})
+
+
+def condensed_trials(keep: float, run: TaskRun, trials: Sequence[Trial]) -> Iterator[Outcome]:
+    """Runs trials of VPT, each condensed to a share of its prompts and tuned: an executor of `vpt_jax.training.sweep`.
+
+    What a trial trains on ranks its prompts; what it is scored on has no part in that.
+    """
+    for outcome in run_trials(run, trials):
+        trial = outcome.trial
+        if outcome.trained_parameters is None:
+            yield outcome
+            continue
+        folder = run.folder / 'runs' / trial.key
+        trained, epochs = load_trained(folder, run.backbone), run.config.train.epochs
+        try:
+            *_, row = tune(trained, run.dataset_of(trial), [keep], folder / 'condensed', epochs=epochs)
+            yield Outcome(trial, row['accuracy'], row['trained_parameters'])
+        except DivergedError:
+            yield Outcome(trial, 0.0, None)
 
 
 def main(
@@ -150,7 +178,10 @@ def main(
         def report(results: list[dict], method=method, folder=folder) -> None:
             print('\n' + write_tables(folder, results, f'{method}, {backbone}'), flush=True)
 
-        by_method[method] = sweep(config, tasks, folder, seeds=read_seeds(seeds), backbone=network, report=report)
+        execute = functools.partial(condensed_trials, CONDENSED[method]) if method in CONDENSED else linear_trials
+        by_method[method] = sweep(
+            config, tasks, folder, seeds=read_seeds(seeds), backbone=network, report=report, execute=execute
+        )
     text = comparison(by_method)
     for name, content in (('results.md', text), ('results.json', json.dumps(by_method, indent=2) + '\n')):
         with atomic.replacing(Path(workdir) / name) as file:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.offline import METHODS, PUBLISHED_LINEAR, comparison, config_of, find_sets, main
+from experiments.offline import CONDENSED, METHODS, PUBLISHED_LINEAR, comparison, config_of, find_sets, main
 from tests.commands import write_task
 from tests.training.conftest import arrays
 from vpt_jax.errors import UsageError
@@ -59,7 +59,7 @@ def test_every_method_has_a_config_of_the_protocol(method):
     config = config_of(method, 'tiny_vit64', 4)
     configs.whole_method(config).check(load_backbone('tiny_vit64').model)
     assert method == PUBLISHED_LINEAR or (config.train.epochs, config.optim.name) == (4, 'adamw')
-    assert len(search_space(config)) == (40 if method == PUBLISHED_LINEAR else 3)
+    assert len(search_space(config)) == (40 if method == PUBLISHED_LINEAR else 4)
 
 
 def test_one_call_runs_everything_and_a_second_one_nothing(sets, tmp_path, capsys):
@@ -78,3 +78,19 @@ def test_one_call_runs_everything_and_a_second_one_nothing(sets, tmp_path, capsy
     assert json.loads((tmp_path / 'run' / 'results.json').read_text()) == results
     with pytest.raises(UsageError, match="unknown method 'linaer': did you mean 'linear'"):
         main(**arguments | {'methods': ['linaer']})
+
+
+def test_condensed_prompts_are_those_of_vpt_and_fewer(sets, tmp_path, capsys):
+    backbone, _ = write_task(tmp_path)
+    (method, share), *_ = CONDENSED.items()
+    main(str(sets), ['patterns'], ['vpt_deep', method], '1', str(backbone), str(tmp_path / 'run'), 2)
+    results = json.loads((tmp_path / 'run' / 'results.json').read_text())
+    (whole,), (fewer,) = results['vpt_deep'], results[method]
+    model = load_backbone(str(backbone)).model
+    prompts = 5 * model.depth
+    assert whole['trained_parameters'] - fewer['trained_parameters'] == (prompts - round(share * prompts)) * model.width
+    assert len(fewer['test_accuracies']) == 1
+    assert f'| {method} |' in capsys.readouterr().out
+    # The search is scored on val: 8 images there, 12 in test.
+    trials = (tmp_path / 'run' / method / 'patterns' / 'trials' / 'search').glob('*.json')
+    assert all(float(8 * json.loads(path.read_text())['accuracy']).is_integer() for path in trials)

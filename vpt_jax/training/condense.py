@@ -137,11 +137,11 @@ def tune(
 
     Yields:
       One dict for the prompt as it was trained, then one a ratio: `keep`; `prompts`, their number, and `per_block`;
-      `accuracy` on the test split (or, without one, on val or train: `split`) and `accuracy_untuned`; `gflops` an
-      image; `images_per_second` of evaluation; `prompt`, the folder.
+      `trained_parameters`, with the head; `accuracy` on the test split (or, without one, on val or train: `split`) and
+      `accuracy_untuned`; `gflops` an image; `images_per_second` of evaluation; `prompt`, the folder.
 
     Raises:
-      UsageError: anything the caller can mend.
+      UsageError, DivergedError, StoppedError: see `loop.fit`.
     """
     check_classes(trained, dataset)
     if epochs < 1:
@@ -161,6 +161,7 @@ def tune(
         flops = forward_flops(trained.backbone.model, result.method, len(trained.class_names))
         return {
             'keep': ratio, 'prompts': sum(map(len, kept)), 'per_block': [len(k) for k in kept], 'split': split,
+            'trained_parameters': sum(a.size for a in jax.tree.leaves(result.file.prompts)),
             'accuracy': measured['accuracy'], 'gflops': flops / 1e9,
             'images_per_second': measured['images_per_second'], **more,
         }  # fmt: skip
