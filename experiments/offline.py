@@ -40,7 +40,8 @@ from vpt_jax.training.trials import Outcome, TaskRun, Trial, changed, run_trials
 #: get through in an hour or two; the published lengths are ten times longer.
 PROTOCOL = {
     'optim.name': 'adamw', 'optim.schedule': 'cosine', 'optim.per_step': True, 'train.epochs': 10,
-    'train.warmup_epochs': 1, 'train.batch_size': 8, 'sweep.weight_decay': (0.001,),
+    'train.warmup_epochs': 1, 'train.batch_size': 8, 'sweep.weight_decay': (0.001,), 'optim.decay_biases': False,
+    'optim.head_weight_decay': None, 'head.start': 'kaiming',
 }  # fmt: skip
 _FIVE = {'method.num_tokens': 5}
 _PAIR = {'method.vpt.num_tokens': 5}

@@ -65,11 +65,28 @@ def test_padding_examples_do_not_count(head):
         np.testing.assert_allclose(padded.updates['norm_0'][name], plain.updates['norm_0'][name], atol=1e-5)
 
 
+class _Wide:
+    feature_width = 4000
+
+
 def test_initialisation():
-    prompts = Linear().init(jax.random.key(0), type('Model', (), {'feature_width': 4000}), {}, 8)['last_layer']
+    prompts = Linear().init(jax.random.key(0), _Wide, {}, 8)['last_layer']
     assert abs(float(prompts['kernel'].std()) - (2 / 8) ** 0.5) < 0.01
     np.testing.assert_allclose(prompts['bias'], -4.59512, atol=1e-5)
     with pytest.raises(UsageError, match='at least 2 classes, got 1'):
         Linear().init(jax.random.key(0), _Model, {}, 1)
     with pytest.raises(UsageError, match='layers=1'):
         MLPHead(layers=1)
+
+
+def test_linear_heads_start_as_the_originals_do():
+    normal = Linear(start='normal', deviation=0.01).init(jax.random.key(0), _Wide, {}, 8)['last_layer']
+    assert abs(float(normal['kernel'].std()) - 0.01) < 3e-4
+    assert not normal['bias'].any()
+    wide = Linear(start='normal', deviation=2.0).init(jax.random.key(0), _Wide, {}, 8)['last_layer']['kernel']
+    assert 1.99 < float(abs(wide).max()) <= 2  # cut at 2, not at two deviations
+    uniform = Linear(start='uniform').init(jax.random.key(0), _Wide, {}, 8)['last_layer']
+    bound = 4000**-0.5
+    assert 0.999 * bound < float(abs(uniform['kernel']).max()) <= bound
+    assert abs(float(uniform['kernel'].std()) - bound / 3**0.5) < 2e-4
+    assert uniform['bias'].all() and float(abs(uniform['bias']).max()) <= bound

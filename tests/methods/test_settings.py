@@ -33,6 +33,8 @@ AT_ONCE = [
     ('vpt_pixels', {'pixel_init': 'gausian'}, "unknown pixel initialisation 'gausian': did you mean 'gaussian'"),
     ('adapter', {'reduction': 0}, 'reduction must be >= 1, got 0'),
     ('adapter', {'adapter_init': 'one'}, "unknown adapter initialisation 'one'"),
+    ('linear', {'start': 'kaimin'}, "unknown initialisation of a linear head 'kaimin': did you mean 'kaiming'"),
+    ('linear', {'deviation': 0.0}, 'deviation must be a finite number > 0, got 0.0'),
     ('partial', {'blocks': 0}, 'at least 1 block, got blocks=0'),
     ('vptt', {}, "unknown method 'vptt': did you mean 'vpt'"),
     ('vpt', {'num_token': 3}, "unknown setting of method 'vpt' 'num_token': did you mean 'num_tokens'"),

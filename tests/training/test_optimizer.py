@@ -1,11 +1,14 @@
 """Single optimizer steps against numbers worked out by hand."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import optax
 import pytest
 
 from vpt_jax.errors import UsageError
+from vpt_jax.methods import Linear, MLPHead
 from vpt_jax.training import optimizer as optimizers
 from vpt_jax.training.recipe import Recipe
 
@@ -62,6 +65,40 @@ def test_adamw_vpt_without_decay_is_sgd():
     assert stepped('adamw_vpt', 3, weight_decay=0.0) == stepped('sgd', 3, weight_decay=0.0)
 
 
+def _adam_step(value, decay):
+    # The first step of Adam is g / (|g| + eps); then rate * decay * value.
+    return value - 0.1 * (1 / (1 + 1e-8) + decay * value)
+
+
+def test_adamw_decays_matrices_and_if_asked_everything():
+    expected = [_adam_step(v, d) for v, d in ((2, 0.5), (3, 0), (5, 0.5), (7, 0))]
+    np.testing.assert_allclose(stepped('adamw', weight_decay=0.5), expected, rtol=1e-6)
+    expected = [_adam_step(v, 0.5) for v in (2, 3, 5, 7)]
+    np.testing.assert_allclose(stepped('adamw', weight_decay=0.5, decay_biases=True), expected, rtol=1e-6)
+
+
+def test_the_head_may_have_a_decay_of_its_own():
+    settings = {'weight_decay': 0.5, 'head_weight_decay': 3.0}
+    expected = [_adam_step(v, d) for v, d in ((2, 3.0), (3, 0), (5, 0.5), (7, 0))]
+    np.testing.assert_allclose(stepped('adamw', **settings), expected, rtol=1e-6)
+    expected = [_adam_step(v, d) for v, d in ((2, 3.0), (3, 3.0), (5, 0.5), (7, 0.5))]
+    np.testing.assert_allclose(stepped('adamw', decay_biases=True, **settings), expected, rtol=1e-6)
+    with pytest.raises(UsageError, match='settings of optimizer adamw, not of sgd'):
+        optimizers.build('sgd', 0.1, 0.0, head_weight_decay=0.5)
+
+
+@pytest.mark.parametrize('head', [Linear(), MLPHead(layers=3)])
+def test_heads_are_known_by_their_names(head):
+    own = head.init(jax.random.key(0), SimpleNamespace(feature_width=6), {}, 3)
+    prompts = {'vpt': {'prompts': np.zeros((2, 6))}, head.name: own}
+    kernels = [
+        (path[0].key, optimizers.is_head(tuple(key.key for key in path)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(prompts) if leaf.ndim > 1
+    ]  # fmt: skip
+    assert {name for name, _ in kernels} == {'vpt', head.name}
+    assert all(found == (name == head.name) for name, found in kernels)
+
+
 def test_the_learning_rate_is_data():
     state = optimizers.build('sgd', 0.1, 0.0).init(PROMPTS)
     changed = optimizers.with_learning_rate(state, 0.7)
@@ -76,6 +113,8 @@ def test_the_learning_rate_is_data():
         ({'weight_decay': -1.0}, 'weight_decay'),
         ({'momentum': 1.0}, 'momentum'),
         ({'bias_multiplier': 0.0}, 'bias_multiplier'),
+        ({'optimizer': 'adamw', 'head_weight_decay': -0.1}, 'head_weight_decay'),
+        ({'decay_biases': True}, 'decay_biases'),
         ({'base_lr': -1.0}, 'optim.lr'),
         ({'base_lr': float('nan')}, 'optim.lr'),
         ({'epochs': 0}, 'train.epochs'),

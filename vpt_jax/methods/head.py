@@ -3,8 +3,9 @@
 Linear: scores = W f + b. MLP-k: k - 1 hidden layers, each Linear, ReLU, BatchNorm, Dropout(0.1), in that order, then
 the linear layer. Each is a baseline by itself and the head of every other method.
 
-Initialisation: last kernel Kaiming normal over the fan-out, that is a deviation of sqrt(2 / C); last bias
--log(0.99 / 0.01); hidden layers Kaiming normal, biases U(-1 / sqrt(D), 1 / sqrt(D)).
+Initialisation in VPT and VAPT: last kernel Kaiming normal over the fan-out, that is a deviation of sqrt(2 / C); last
+bias -log(0.99 / 0.01); hidden layers Kaiming normal, biases U(-1 / sqrt(D), 1 / sqrt(D)). Linear heads of other methods
+start otherwise (`INITS`).
 """
 
 import dataclasses
@@ -14,9 +15,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.errors import UsageError
+from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree
 from vpt_jax.models.places import Context
+
+#: How a linear head starts. 'kaiming': as above. 'normal': kernel N(0, s^2) cut at -2 and 2, bias 0 (SPT, timm).
+#: 'uniform': kernel and bias U(-1 / sqrt(D), 1 / sqrt(D)) (torch's own, CVPT and PGN).
+INITS = ('kaiming', 'normal', 'uniform')
 
 
 def kaiming_normal_fan_out(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -28,11 +33,18 @@ def _dense(layer: PyTree, x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) @ layer['kernel'] + layer['bias']
 
 
-def _last_layer(key: jax.Array, width: int, num_classes: int) -> PyTree:
+def _last_layer(key: jax.Array, width: int, num_classes: int, start: str = 'kaiming', deviation: float = 0.0) -> PyTree:
     if num_classes < 2:
         raise UsageError(f'a classification head needs at least 2 classes, got {num_classes}')
-    bias = jnp.full((num_classes,), -math.log((1 - 0.01) / 0.01))
-    return {'kernel': kaiming_normal_fan_out(key, (width, num_classes)), 'bias': bias}
+    shape = (width, num_classes)
+    if start == 'normal':
+        kernel = deviation * jax.random.truncated_normal(key, -2 / deviation, 2 / deviation, shape)
+        return {'kernel': kernel, 'bias': jnp.zeros(num_classes)}
+    if start == 'uniform':
+        bound, (k1, k2) = 1 / math.sqrt(width), jax.random.split(key)
+        return {name: jax.random.uniform(k, s, minval=-bound, maxval=bound)
+                for name, k, s in (('kernel', k1, shape), ('bias', k2, shape[1:]))}  # fmt: skip
+    return {'kernel': kaiming_normal_fan_out(key, shape), 'bias': jnp.full(num_classes, -math.log((1 - 0.01) / 0.01))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +52,28 @@ class Linear(Method):
     """A linear layer on the backbone's features; computed in float32.
 
     Prompts: `last_layer/kernel` [D, C], `last_layer/bias` [C].
+
+    Attributes:
+      start: a name of `INITS`.
+      deviation: s of 'normal', > 0; published 0.02, on MoCo v3 0.01.
+
+    Raises:
+      UsageError: a setting out of range.
     """
 
     name: ClassVar[str] = 'linear'
+    start: str = 'kaiming'
+    deviation: float = 0.02
+
+    def __post_init__(self):
+        if self.start not in INITS:
+            raise unknown('initialisation of a linear head', self.start, INITS)
+        if not 0 < self.deviation < math.inf:
+            raise UsageError(f'method linear: deviation must be a finite number > 0, got {self.deviation}')
 
     def init(self, key: jax.Array, model: Any, params: PyTree, num_classes: int) -> PyTree:
         """Draws the layer."""
-        return {'last_layer': _last_layer(key, model.feature_width, num_classes)}
+        return {'last_layer': _last_layer(key, model.feature_width, num_classes, self.start, self.deviation)}
 
     def logits(self, prompts: PyTree, features: jax.Array, ctx: Context) -> jax.Array:
         """Scores [B, C] from features [B, D]."""

@@ -63,13 +63,16 @@ PUBLISHED_BACKBONE = 'vit_b16_in21k'
 DIGITS = {'epochs': 20, 'warmup_epochs': 2, 'batch_size': 4, 'eval_batch_size': 64}
 
 
-def default(arg: str | None, digits: dict | None = None, head: str = 'linear', **recipe) -> ConfigDict:
+def default(
+    arg: str | None, digits: dict | None = None, head: str = 'linear', start: str = 'kaiming', **recipe
+) -> ConfigDict:
     """A config with the published prompt protocol (VPT, VAPT): the method is for the config file to set.
 
     Args:
       arg: `dataset=...,backbone=...` with the forms of `data.load` and `load_backbone`; for `vpt_jax.sweep`
         `benchmark=...` instead of a dataset, with the published backbone if none is given.
       head: name of the head, which `head=...` in `arg` replaces (`head=clip_head`).
+      start: how a linear head starts, a name of `methods.head.INITS`.
       digits: fields of `Recipe` for the embedded default task, over `recipe` and `DIGITS`.
       **recipe: fields of `Recipe` for everything else, over its defaults.
     """
@@ -91,12 +94,14 @@ def default(arg: str | None, digits: dict | None = None, head: str = 'linear', *
         'image_size': config_dict.placeholder(int),
         'seed': r.seed,
         'method': {'name': ''},
-        'head': method(where['head']),
+        'head': method(where['head'], **({'start': start} if where['head'] == 'linear' else {})),
         'data': {'augment': config_dict.placeholder(str), 'resize': config_dict.placeholder(str),
                  'normalise': 'backbone', 'train_on': 'train', 'dir': config_dict.placeholder(str), 'source': 'auto',
                  'memory_gb': config_dict.placeholder(float), 'on_bad_image': 'stop', 'on_empty_class': 'stop'},
         'optim': {'name': r.optimizer, 'lr': r.base_lr, 'weight_decay': r.weight_decay, 'momentum': r.momentum,
-                  'bias_multiplier': r.bias_multiplier, 'schedule': r.schedule, 'per_step': r.per_step},
+                  'bias_multiplier': r.bias_multiplier, 'decay_biases': r.decay_biases,
+                  'head_weight_decay': config_dict.FieldReference(r.head_weight_decay, field_type=float),
+                  'schedule': r.schedule, 'per_step': r.per_step},
         'train': {'epochs': r.epochs, 'warmup_epochs': r.warmup_epochs, 'batch_size': r.batch_size,
                   'eval_batch_size': r.eval_batch_size, 'eval_every_epochs': r.eval_every_epochs,
                   'log_every_steps': r.log_every_steps, 'label_smoothing': r.label_smoothing, 'mixup': r.mixup,
@@ -114,7 +119,8 @@ def recipe(config: ConfigDict) -> Recipe:
     return Recipe(
         optimizer=config.optim.name, base_lr=float(config.optim.lr), weight_decay=config.optim.weight_decay,
         momentum=config.optim.momentum, bias_multiplier=config.optim.bias_multiplier, per_step=config.optim.per_step,
-        schedule=config.optim.schedule,
+        schedule=config.optim.schedule, decay_biases=config.optim.decay_biases,
+        head_weight_decay=config.optim.head_weight_decay,
         checkpoint_every_steps=config.checkpoint.every_steps, keep_checkpoints=config.checkpoint.keep,
         seed=config.seed, **train,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from vpt_jax import data, methods
+from vpt_jax import data
 from vpt_jax.training import config as configs
 from vpt_jax.training import mesh as meshes
 from vpt_jax.training import step as steps
@@ -29,7 +29,8 @@ def linear_trials(run: TaskRun, trials: Sequence[Trial]) -> Iterator[Outcome]:
     groups: dict[tuple, list[Trial]] = {}
     for trial in together:
         recipe = configs.recipe(run.config_of(trial))
-        key = (trial.phase, trial.seed, recipe.batch_size, recipe.epochs, recipe.warmup_epochs, recipe.momentum)
+        head = configs.whole_method(run.config_of(trial))
+        key = (trial.phase, trial.seed, head, recipe.batch_size, recipe.epochs, recipe.warmup_epochs, recipe.momentum)
         groups.setdefault(key, []).append(trial)
     known: dict[str, np.ndarray] = {}
     for group in groups.values():
@@ -51,8 +52,9 @@ def _train(run: TaskRun, trials: list[Trial], known: dict[str, np.ndarray]) -> I
     recipe = configs.recipe(run.config_of(trials[0]))
     dataset = run.dataset_of(trials[0])
     backbone = as_run(recipe, run.backbone)
+    head = configs.whole_method(run.config_of(trials[0]))
     program = steps.Program(
-        backbone.model, methods.Linear(), run.preprocess, dataset.num_classes, precision=recipe.resolved_precision(),
+        backbone.model, head, run.preprocess, dataset.num_classes, precision=recipe.resolved_precision(),
         shard_backbone=recipe.shard_backbone,
     )  # fmt: skip
     state = steps.init_state(

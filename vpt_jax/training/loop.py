@@ -127,7 +127,7 @@ def program_of(recipe: Recipe, model, method, preprocess, num_classes: int) -> s
     return steps.Program(
         model, method, preprocess, num_classes, recipe.optimizer, recipe.weight_decay > 0, recipe.momentum,
         recipe.bias_multiplier, recipe.per_step, recipe.label_smoothing, recipe.mixup, recipe.resolved_precision(),
-        recipe.schedule, recipe.shard_backbone,
+        recipe.schedule, recipe.shard_backbone, recipe.decay_biases, recipe.head_weight_decay,
     )  # fmt: skip
 
 

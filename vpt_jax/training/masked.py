@@ -158,6 +158,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     program = steps.Program(
         stage.model, Full(), preprocess, 0, recipe.optimizer, recipe.weight_decay > 0, recipe.momentum,
         recipe.bias_multiplier, recipe.per_step, precision=precision, schedule=recipe.schedule,
+        decay_biases=recipe.decay_biases, head_weight_decay=recipe.head_weight_decay,
     )  # fmt: skip
     params, carried = jax.jit(stage.start)(jax.random.fold_in(jax.random.key(recipe.seed), 0))
     stage = dataclasses.replace(stage, model=program.compute_model()) if config.stage == 'beit' else stage

@@ -35,8 +35,9 @@ def decayed(prompts: PyTree) -> PyTree:
     return _where(prompts, lambda names: not _is_last_bias(names))
 
 
-def _is_matrix(prompts: PyTree) -> PyTree:
-    return jax.tree.map(lambda p: p.ndim > 1, prompts)
+def is_head(names: tuple[str, ...]) -> bool:
+    """Whether the leaf at a path of names belongs to a trained head (`methods.head`)."""
+    return any(name == 'last_layer' or name.startswith('hidden_') for name in names)
 
 
 def _rate_multipliers(prompts: PyTree, multiplier: float) -> PyTree:
@@ -86,6 +87,28 @@ def _scale_by_adam_folded(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6)
     return optax.GradientTransformation(init, update)
 
 
+def _adamw(learning_rate, weight_decay, decay_biases, head_weight_decay) -> optax.GradientTransformation:
+    """Adam, then decay inside the step: of matrices and larger, or of everything; of heads by a number of their own."""
+
+    def mask(of_head: bool):
+        def of(prompts: PyTree) -> PyTree:
+            def decays(path, leaf):
+                apart = head_weight_decay is not None and is_head(_names(path))
+                return apart == of_head and (decay_biases or leaf.ndim > 1)
+
+            return jax.tree_util.tree_map_with_path(decays, prompts)
+
+        return of
+
+    apart = () if head_weight_decay is None else (optax.add_decayed_weights(head_weight_decay, mask=mask(True)),)
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(weight_decay, mask=mask(False)),
+        *apart,
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 def _decay_after_step(learning_rate, weight_decay) -> optax.GradientTransformation:
     """Shrinks what the step leaves, everything but biases: p <- (p + u) (1 - lr wd)."""
 
@@ -98,7 +121,13 @@ def _decay_after_step(learning_rate, weight_decay) -> optax.GradientTransformati
 
 
 def build(
-    name: str, learning_rate: float, weight_decay: float, momentum: float = 0.9, bias_multiplier: float = 1.0
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    momentum: float = 0.9,
+    bias_multiplier: float = 1.0,
+    decay_biases: bool = False,
+    head_weight_decay: float | None = None,
 ) -> optax.GradientTransformation:
     """An optimizer by name.
 
@@ -107,7 +136,7 @@ def build(
     - `'adamw_vpt'`: the published AdamW of VPT's fine-tuning baselines with its quirks: every positive weight decay
       means 0.01, on all but biases, applied after the step; eps 1e-6, not bias-corrected; and a weight decay of 0
       silently becomes SGD with momentum at AdamW's rate.
-    - `'adamw'`: optax's, with decay on everything that has two or more axes.
+    - `'adamw'`: decay on everything that has two or more axes or, as CVPT has it, on everything.
 
     Args:
       name: one of `NAMES`.
@@ -115,6 +144,8 @@ def build(
       weight_decay: >= 0.
       momentum: of SGD, in [0, 1).
       bias_multiplier: > 0.
+      decay_biases: whether `'adamw'` decays biases and the like too.
+      head_weight_decay: that of the head under `'adamw'`, >= 0, as SPT has it; None for `weight_decay`.
 
     Returns:
       An optax transformation; its state has `hyperparams['learning_rate']` and `hyperparams['weight_decay']`.
@@ -129,15 +160,18 @@ def build(
         ('weight_decay', weight_decay, weight_decay >= 0),
         ('momentum', momentum, 0 <= momentum < 1),
         ('bias_multiplier', bias_multiplier, bias_multiplier > 0),
+        ('head_weight_decay', head_weight_decay, head_weight_decay is None or head_weight_decay >= 0),
     ):
         if not good:
             raise UsageError(f'optimizer {name}: {what}={value} is out of range')
+    if name != 'adamw' and (decay_biases or head_weight_decay is not None):
+        raise UsageError(f'decay_biases and head_weight_decay are settings of optimizer adamw, not of {name}')
     rates = {'learning_rate': float(learning_rate), 'weight_decay': float(weight_decay)}
 
     if name == 'adamw':
 
         def make(learning_rate, weight_decay):
-            return optax.adamw(learning_rate, weight_decay=weight_decay, mask=_is_matrix)
+            return _adamw(learning_rate, weight_decay, decay_biases, head_weight_decay)
 
     elif name == 'adamw_vpt' and weight_decay:
 

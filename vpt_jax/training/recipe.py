@@ -22,7 +22,7 @@ class Recipe:
       batch_size: over all devices and processes.
       optimizer: a name of `optimizer.NAMES`.
       base_lr: for a batch of 256; the rate used is base_lr / 256 * batch_size.
-      weight_decay, momentum, bias_multiplier: see `optimizer.build`.
+      weight_decay, momentum, bias_multiplier, decay_biases, head_weight_decay: see `optimizer.build`.
       shard_backbone: split the frozen backbone over the devices instead of copying it to each, for one that is larger
         than a device's memory. Changes no result, and need not be the same when a run is resumed.
       schedule: how the rate changes, a name of `schedule.NAMES`.
@@ -50,6 +50,8 @@ class Recipe:
     weight_decay: float = 1e-3
     momentum: float = 0.9
     bias_multiplier: float = 1.0
+    decay_biases: bool = False
+    head_weight_decay: float | None = None
     per_step: bool = False
     label_smoothing: float = 0.0
     mixup: float = 0.0
@@ -90,7 +92,10 @@ class Recipe:
             raise UsageError(f'--config.train.label_smoothing must be in [0, 1), got {self.label_smoothing}')
         if self.precision not in ('auto', 'float32', 'bfloat16'):
             raise unknown('precision', self.precision, ('auto', 'float32', 'bfloat16'))
-        optimizers.build(self.optimizer, self.base_lr, self.weight_decay, self.momentum, self.bias_multiplier)
+        optimizers.build(
+            self.optimizer, self.base_lr, self.weight_decay, self.momentum, self.bias_multiplier, self.decay_biases,
+            self.head_weight_decay,
+        )  # fmt: skip
 
     @property
     def learning_rate(self) -> float:

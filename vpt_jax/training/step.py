@@ -40,7 +40,7 @@ class Program:
       num_classes: C.
       optimizer: a name of `optimizer.NAMES`.
       decays: whether the weight decay is positive (the published AdamW becomes SGD where it is not).
-      momentum, bias_multiplier: of the optimizer.
+      momentum, bias_multiplier, decay_biases, head_weight_decay: of the optimizer.
       per_step: change the rate every step instead of every epoch.
       label_smoothing: in [0, 1).
       mixup: alpha of the Beta distribution, 0 for none.
@@ -63,10 +63,15 @@ class Program:
     precision: str = 'float32'
     schedule: str = 'cosine'
     shard_backbone: bool = False
+    decay_biases: bool = False
+    head_weight_decay: float | None = None
 
     def transformation(self):
         """The optax optimizer; its rates are those of the state (`optimizer.with_rates`)."""
-        return optimizers.build(self.optimizer, 0.0, float(self.decays), self.momentum, self.bias_multiplier)
+        return optimizers.build(
+            self.optimizer, 0.0, float(self.decays), self.momentum, self.bias_multiplier, self.decay_biases,
+            self.head_weight_decay,
+        )  # fmt: skip
 
     @property
     def pixels(self) -> tuple:
