@@ -17,11 +17,16 @@ from vpt_jax import data
 
 # 3 steps an epoch, the last one with padding; dropout is on.
 SETTINGS = (
-    '--config.method.num_tokens=2', '--config.method.dropout=0.3', '--config.train.epochs=4',
-    '--config.train.warmup_epochs=1', '--config.train.batch_size=8', '--config.train.log_every_steps=2',
-    '--config.train.eval_every_epochs=2', '--config.train.linear_probe=False', '--config.checkpoint.every_steps=2',
-    '--config.optim.lr=0.5',
+    '--config.train.epochs=4', '--config.train.warmup_epochs=1', '--config.train.batch_size=8',
+    '--config.train.log_every_steps=2', '--config.train.eval_every_epochs=2', '--config.train.linear_probe=False',
+    '--config.checkpoint.every_steps=2', '--config.optim.lr=0.5',
 )  # fmt: skip
+PROMPTS = ('--config.method.num_tokens=2', '--config.method.dropout=0.3')
+#: Methods that look at the training images: before the first step, and before every epoch.
+LOOKING = {
+    'spt': ('vpt_deep', '--config.method.name=spt', *PROMPTS),
+    'ilm': ('ilm', '--config.method.inner=12', '--config.optim.name=sgd', '--config.optim.schedule=cosine'),
+}
 
 
 def child(argv, stop_at):
@@ -50,16 +55,21 @@ def child(argv, stop_at):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
     backbone, dataset = write_task(folder, train=22)
-    return folder, f'--config=configs/vapt.py:backbone={backbone},dataset=npz:{dataset}'
+    weights, rng = dict(np.load(backbone)), np.random.default_rng(0)
+    np.savez(backbone, **weights, **{'head/kernel': rng.normal(size=(32, 9)).astype('f4'),
+                                     'head/bias': np.zeros(9, 'f4')})  # fmt: skip
+    return folder, f'backbone={backbone},dataset=npz:{dataset}'
 
 
 @pytest.fixture(scope='module')
 def start(place):
     """`start(workdir, processes, devices of each)`: (exit code, stdout, stderr) of every process."""
-    folder, config = place
+    folder, arguments = place
 
-    def run(workdir, processes=1, devices=1, stop_at=(-1, -1), more=()):
-        flags = [config, *SETTINGS, f'--workdir={folder / workdir}', *more]
+    def run(workdir, processes=1, devices=1, stop_at=(-1, -1), more=(), method=('vapt', *PROMPTS)):
+        config, *settings = method
+        flags = [f'--config=configs/{config}.py:{arguments}', *SETTINGS, *settings, f'--workdir={folder / workdir}',
+                 *more]  # fmt: skip
         flags_of_xla = f'--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}'
         env = environment(folder / 'cache') | {'XLA_FLAGS': flags_of_xla}
         with socket.socket() as free:
@@ -119,6 +129,15 @@ def test_two_processes_end_as_one_does(start, alone, place):
     assert 'test accuracy' in first[1] and 'accuracy' not in second[1]
     kept = sorted(p.name for p in (workdir / 'checkpoints').iterdir())
     assert kept == sorted(p.name for p in (alone / 'checkpoints').iterdir()) == ['10', '12']
+
+
+@pytest.mark.parametrize('name', LOOKING)
+def test_methods_that_look_at_the_images_see_the_same_ones(start, place, name):
+    ((code, _, stderr),) = start(f'{name}_alone', method=LOOKING[name])
+    assert code == 0, stderr
+    done = start(name, processes=2, method=LOOKING[name])
+    assert [code for code, _, _ in done] == [0, 0], done
+    check_same_end(place[0] / name, place[0] / f'{name}_alone')
 
 
 def test_a_signal_to_one_stops_all_and_another_number_of_processes_resumes(start, alone, place):
