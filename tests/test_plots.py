@@ -34,7 +34,7 @@ def test_methods_stand_from_the_worst_to_the_best():
     assert [label.get_text() for label in left.get_yticklabels()] == ['linear', 'vapt']
     assert [p.get_title() for p in (left, right)] == ['set0 (3 classes)', 'set1 (3 classes)']
     points, *_ = left.containers[0]
-    np.testing.assert_allclose(points.get_xdata(), [60, 85])
+    np.testing.assert_allclose(points.get_xdata(orig=False), [60, 85])
     (whiskers,) = left.containers[0][2]
     np.testing.assert_allclose([segment[:, 0] for segment in whiskers.get_segments()], [[50, 70], [80, 90]])
     np.testing.assert_allclose(left.lines[-1].get_xdata(), 60)  # the yardstick
