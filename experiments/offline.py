@@ -48,7 +48,7 @@ _PAIR = {'method.vpt.num_tokens': 5}
 _LARGE, _MIDDLE, _SMALL = (8.0, 2.0, 0.5, 0.125), (2.0, 0.5, 0.125, 0.03), (0.25, 0.06, 0.015, 0.004)
 #: What is compared: rates (for a batch of 256), and settings that fit a network of 16 patches. Of each a config.
 RECIPES: dict[str, tuple[tuple[float, ...], dict]] = {
-    'linear': (_LARGE, {}),
+    'linear': ((32.0, 8.0, 2.0, 0.5), {}),
     'mlp': (_MIDDLE, {}),
     'vpt_shallow': (_LARGE, _FIVE),
     'vpt_deep': (_LARGE, _FIVE),
@@ -59,9 +59,9 @@ RECIPES: dict[str, tuple[tuple[float, ...], dict]] = {
     'iip': (_LARGE, _FIVE),
     'vp': (_LARGE, {'method.size': 8}),
     'ap': (_LARGE, {}),
-    'norm': (_MIDDLE, {}),
+    'norm': (_LARGE, {}),
     'lora': (_MIDDLE, {}),
-    'bias': (_MIDDLE, {}),
+    'bias': (_LARGE, {}),
     'adapter': (_MIDDLE, {}),
     'partial': (_SMALL, {}),
     'full': (_SMALL, {}),
