@@ -55,7 +55,7 @@ RECIPES: dict[str, tuple[tuple[float, ...], dict]] = {
     'vapt': (_MIDDLE, _FIVE),
     'spt': (_LARGE, _FIVE),
     'cvpt': (_LARGE, _FIVE),
-    'pgn': (_MIDDLE, _FIVE),
+    'pgn': ((0.5, 0.125, 0.03, 0.008), _FIVE),
     'iip': (_LARGE, _FIVE),
     'vp': (_LARGE, {'method.size': 8}),
     'ap': (_LARGE, {}),
