@@ -64,7 +64,7 @@ RECIPES: dict[str, tuple[tuple[float, ...], dict]] = {
     'bias': (_LARGE, {}),
     'adapter': (_MIDDLE, {}),
     'partial': (_SMALL, {}),
-    'full': (_SMALL, {}),
+    'full': ((0.06, 0.015, 0.004, 0.001), {}),
     'prompt_bias': (_MIDDLE, _PAIR),
     'cls_prompt': (_LARGE, _PAIR),
 }
