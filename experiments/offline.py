@@ -112,17 +112,20 @@ def _has_image_folders(path: Path) -> bool:
 def comparison(by_method: dict[str, list[dict]]) -> str:
     """Markdown: a line a method, with mean and deviation over seeds of the test accuracy in per cent on every set.
 
+    The last column has the rates that were chosen, in the order of the sets.
+
     Args:
       by_method: what `sweep` returned, all for the same sets.
     """
     tasks = [f'{row["task"]} ({row["classes"]})' for row in next(iter(by_method.values()))]
-    lines = [f'| method | trained | {" | ".join(tasks)} | mean |', '| --- |' + ' --- |' * (len(tasks) + 2)]
+    lines = [f'| method | trained | {" | ".join(tasks)} | mean | rates |', '| --- |' + ' --- |' * (len(tasks) + 3)]
     for method, rows in by_method.items():
         accuracies = [100 * np.array(row['test_accuracies']) for row in rows]
         cells = [f'{values.mean():.2f} ± {values.std():.2f}' for values in accuracies]
         trained = f'{rows[0]["trained_parameters"]:,}'
         mean = np.mean([values.mean() for values in accuracies])
-        lines.append(f'| {method} | {trained} | {" | ".join(cells)} | {mean:.2f} |')
+        rates = ', '.join(f'{row["chosen"]["optim.lr"]:g}' for row in rows)
+        lines.append(f'| {method} | {trained} | {" | ".join(cells)} | {mean:.2f} | {rates} |')
     return '\n'.join(lines) + '\n'
 
 

@@ -45,13 +45,14 @@ def test_sets_are_found(sets):
 
 def test_the_table():
     def rows(*accuracies):
-        return [{'task': f'set{i}', 'classes': 3, 'test_accuracies': a, 'trained_parameters': 1234}
+        return [{'task': f'set{i}', 'classes': 3, 'test_accuracies': a, 'trained_parameters': 1234,
+                 'chosen': {'optim.lr': 2.0**-i}}
                 for i, a in enumerate(accuracies)]  # fmt: skip
 
     text = comparison({'linear': rows([0.5, 0.7], [0.9]), 'vapt': rows([0.8, 0.8], [1.0])})
-    assert '| method | trained | set0 (3) | set1 (3) | mean |' in text
-    assert '| linear | 1,234 | 60.00 ± 10.00 | 90.00 ± 0.00 | 75.00 |' in text
-    assert '| vapt | 1,234 | 80.00 ± 0.00 | 100.00 ± 0.00 | 90.00 |' in text
+    assert '| method | trained | set0 (3) | set1 (3) | mean | rates |' in text
+    assert '| linear | 1,234 | 60.00 ± 10.00 | 90.00 ± 0.00 | 75.00 | 1, 0.5 |' in text
+    assert '| vapt | 1,234 | 80.00 ± 0.00 | 100.00 ± 0.00 | 90.00 | 1, 0.5 |' in text
 
 
 @pytest.mark.parametrize('method', METHODS)
