@@ -83,7 +83,7 @@ def test_the_head_may_have_a_decay_of_its_own():
     np.testing.assert_allclose(stepped('adamw', **settings), expected, rtol=1e-6)
     expected = [_adam_step(v, d) for v, d in ((2, 3.0), (3, 3.0), (5, 0.5), (7, 0.5))]
     np.testing.assert_allclose(stepped('adamw', decay_biases=True, **settings), expected, rtol=1e-6)
-    with pytest.raises(UsageError, match='settings of optimizer adamw, not of sgd'):
+    with pytest.raises(UsageError, match=r'optimizer sgd has no head_weight_decay=0.5, which adamw has'):
         optimizers.build('sgd', 0.1, 0.0, head_weight_decay=0.5)
 
 

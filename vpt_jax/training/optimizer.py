@@ -164,8 +164,13 @@ def build(
     ):
         if not good:
             raise UsageError(f'optimizer {name}: {what}={value} is out of range')
-    if name != 'adamw' and (decay_biases or head_weight_decay is not None):
-        raise UsageError(f'decay_biases and head_weight_decay are settings of optimizer adamw, not of {name}')
+    if name != 'adamw' and decay_biases:
+        raise UsageError(f'optimizer {name} has no decay_biases, which adamw has: set --config.optim.decay_biases=False')
+    if name != 'adamw' and head_weight_decay is not None:
+        raise UsageError(
+            f'optimizer {name} has no head_weight_decay={head_weight_decay}, which adamw has: use adamw, or a config '
+            'without it (configs/vpt_deep.py, for SPT with --config.method.name=spt)'
+        )
     rates = {'learning_rate': float(learning_rate), 'weight_decay': float(weight_decay)}
 
     if name == 'adamw':
