@@ -165,7 +165,7 @@ def build(
         if not good:
             raise UsageError(f'optimizer {name}: {what}={value} is out of range')
     if name != 'adamw' and decay_biases:
-        raise UsageError(f'optimizer {name} has no decay_biases, which adamw has: set --config.optim.decay_biases=False')
+        raise UsageError(f'optimizer {name} has no decay_biases as adamw has: set --config.optim.decay_biases=False')
     if name != 'adamw' and head_weight_decay is not None:
         raise UsageError(
             f'optimizer {name} has no head_weight_decay={head_weight_decay}, which adamw has: use adamw, or a config '
