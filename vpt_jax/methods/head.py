@@ -17,16 +17,12 @@ import jax.numpy as jnp
 
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree
+from vpt_jax.models.initialisers import kaiming_normal_fan_out, torch_uniform
 from vpt_jax.models.places import Context
 
 #: How a linear head starts. 'kaiming': as above. 'normal': kernel N(0, s^2) cut at -2 and 2, bias 0 (SPT, timm).
 #: 'uniform': kernel and bias U(-1 / sqrt(D), 1 / sqrt(D)) (torch's own, CVPT and PGN).
 INITS = ('kaiming', 'normal', 'uniform')
-
-
-def kaiming_normal_fan_out(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """A kernel [in, out] with deviation sqrt(2 / out) (arXiv 1502.01852, torch's mode='fan_out')."""
-    return jax.random.normal(key, shape) * math.sqrt(2.0 / shape[1])
 
 
 def _dense(layer: PyTree, x: jax.Array) -> jax.Array:
@@ -41,9 +37,8 @@ def _last_layer(key: jax.Array, width: int, num_classes: int, start: str = 'kaim
         kernel = deviation * jax.random.truncated_normal(key, -2 / deviation, 2 / deviation, shape)
         return {'kernel': kernel, 'bias': jnp.zeros(num_classes)}
     if start == 'uniform':
-        bound, (k1, k2) = 1 / math.sqrt(width), jax.random.split(key)
-        return {name: jax.random.uniform(k, s, minval=-bound, maxval=bound)
-                for name, k, s in (('kernel', k1, shape), ('bias', k2, shape[1:]))}  # fmt: skip
+        k1, k2 = jax.random.split(key)
+        return {'kernel': torch_uniform(k1, shape, width), 'bias': torch_uniform(k2, shape[1:], width)}
     return {'kernel': kaiming_normal_fan_out(key, shape), 'bias': jnp.full(num_classes, -math.log((1 - 0.01) / 0.01))}
 
 
@@ -111,9 +106,8 @@ class MLPHead(Method):
         prompts = {}
         for i in range(self.layers - 1):
             k1, k2 = jax.random.split(jax.random.fold_in(key, i))
-            bound = 1 / math.sqrt(width)
-            bias = jax.random.uniform(k2, (width,), minval=-bound, maxval=bound)
-            prompts[f'hidden_{i}'] = {'kernel': kaiming_normal_fan_out(k1, (width, width)), 'bias': bias}
+            kernel, bias = kaiming_normal_fan_out(k1, (width, width)), torch_uniform(k2, (width,), width)
+            prompts[f'hidden_{i}'] = {'kernel': kernel, 'bias': bias}
             prompts[f'norm_{i}'] = {'scale': jnp.ones(width), 'bias': jnp.zeros(width)}
         last = jax.random.fold_in(key, self.layers)
         return prompts | {'last_layer': _last_layer(last, width, num_classes)}

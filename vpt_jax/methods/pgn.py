@@ -20,8 +20,9 @@ from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree, overlay
 from vpt_jax.methods.vpt import check_num_tokens
 from vpt_jax.models import batch_statistics
+from vpt_jax.models.initialisers import torch_uniform
 from vpt_jax.models.places import Context
-from vpt_jax.models.prompt_cnn import PromptCNN, torch_uniform
+from vpt_jax.models.prompt_cnn import PromptCNN
 from vpt_jax.models.resnet import ResNet, variant
 
 CNNS = ('resnet10', 'resnet18')

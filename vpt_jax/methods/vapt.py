@@ -13,7 +13,6 @@ Shapes: B images, P prompts, D width, N = G G' patches, H H' map after the convo
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -24,6 +23,7 @@ from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree
 from vpt_jax.methods.vpt import check_dropout, check_num_tokens, uniform_prompts
 from vpt_jax.models import patch_grid
+from vpt_jax.models.initialisers import torch_uniform
 from vpt_jax.models.places import Context
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -134,10 +134,9 @@ class VAPT(Method):
         }
         if self.projector:
             lead = () if self.shared_projector else (adaptive,)
-            down, up = 1 / math.sqrt(width), 1 / math.sqrt(hidden)
             prompts['proj'] = {
-                'down': jax.random.uniform(keys[3], (*lead, width, hidden), minval=-down, maxval=down),
-                'up': jax.random.uniform(keys[4], (*lead, hidden, width), minval=-up, maxval=up),
+                'down': torch_uniform(keys[3], (*lead, width, hidden), width),
+                'up': torch_uniform(keys[4], (*lead, hidden, width), hidden),
             }
         if self.learnable_scale:
             prompts['scale'] = jnp.ones(1 if self.shared_projector else (adaptive, 1))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vpt_jax.errors import UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree
-from vpt_jax.methods.head import kaiming_normal_fan_out
+from vpt_jax.models.initialisers import kaiming_normal_fan_out, torch_uniform
 from vpt_jax.models.places import Context
 
 POOLS = ('original', 'imgprompt_pool', 'img_pool', 'prompt_pool')
@@ -130,10 +130,9 @@ class VPT(Method):
         if self.deep and not self.shared and rows:
             prompts['deep'] = uniform_prompts(k2, (rows, self.num_tokens, width), patch)
         if self.project:
-            bound = 1 / math.sqrt(self.project)
             prompts['proj'] = {
                 'kernel': kaiming_normal_fan_out(k3, (self.project, model.width)),
-                'bias': jax.random.uniform(k4, (model.width,), minval=-bound, maxval=bound),
+                'bias': torch_uniform(k4, (model.width,), self.project),
             }
         return prompts
 

@@ -12,7 +12,6 @@ Shapes: B images, P prompts, D width, L blocks, V vocabulary, R width of r, d of
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 from vpt_jax.errors import MissingPlace, UsageError, unknown
 from vpt_jax.methods.base import Method, PyTree
 from vpt_jax.methods.vpt import uniform_prompts
+from vpt_jax.models.initialisers import torch_uniform
 from vpt_jax.models.places import Context
 
 READS = ('logits', 'probs', 'codebook', 'hidden')
@@ -112,9 +112,7 @@ class VPTM(Method):
             prompts['mask_token'] = jnp.asarray(params['mask_token'], jnp.float32).reshape(width)
         if self.prototype_dim:
             # The default of a linear layer of PyTorch, as in the prototypical verbalizer of text (arXiv 2203.09770).
-            bound = 1 / math.sqrt(read)
-            shape = (read, self.prototype_dim)
-            prompts['projection'] = jax.random.uniform(k3, shape, minval=-bound, maxval=bound)
+            prompts['projection'] = torch_uniform(k3, (read, self.prototype_dim), read)
         shape = (num_classes, self.prototype_dim or read)
         return {**prompts, 'prototypes': jax.nn.initializers.xavier_uniform()(k4, shape)}
 

@@ -9,12 +9,8 @@ import flax.linen as nn
 import jax
 
 from vpt_jax.models.convolution import BatchNorm, Conv, max_pool
+from vpt_jax.models.initialisers import torch_uniform
 from vpt_jax.models.places import Context
-
-
-def torch_uniform(key: jax.Array, shape: tuple[int, ...], inputs: int) -> jax.Array:
-    """U(-v, v) with v = 1 / sqrt(inputs): how torch draws biases of any layer, and kernels of linear ones."""
-    return jax.random.uniform(key, shape, minval=-(inputs**-0.5), maxval=inputs**-0.5)
 
 
 class PromptBlock(nn.Module):
